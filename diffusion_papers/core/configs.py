@@ -19,7 +19,7 @@ class Config:
     "Base of all configurations: immutable, comparable, printable, and convertible to plain data."
 
     def to_dict(self) -> dict:
-        "The fields as plain data, ready for JSON."
+        "The fields as plain data, ready for JSON; configurations inside become dictionaries."
         return asdict(self)
 
     @classmethod
@@ -32,12 +32,20 @@ class Config:
 
     def override(
         self,
-        **values,  # field name -> new value, or a text that spells it
+        **values,  # field name -> new value, or a text that spells it; "inner.field" reaches into a configuration inside
     ):             # a new configuration; this one is unchanged
         "A copy with some fields replaced. Texts are converted to the field's type (`ValueError` where they cannot be)."
         types = {f.name: f.type for f in fields(self)}
-        for name in values: check_choice(name, f"{type(self).__name__} field", types)
-        return replace(self, **{name: _converted(name, value, getattr(self, name), types[name]) for name, value in values.items()})
+        new = {}
+        for path, value in values.items():
+            name, *inner = path.split(".", 1)
+            check_choice(name, f"{type(self).__name__} field", types)
+            now = new.get(name, getattr(self, name))
+            if isinstance(now, Config) and (inner or isinstance(value, dict)):
+                new[name] = now.override(**({inner[0]: value} if inner else value))
+            elif inner: raise ValueError(f"{path}: {name} is not a configuration, it has no fields")
+            else: new[name] = _converted(name, value, now, types[name])
+        return replace(self, **new)
 
 # %% ../../nbs/core/02_configs.ipynb #7d77d906
 def _converted(name, value, default, annotation):
@@ -69,11 +77,19 @@ def field_comments(
     return comments
 
 
+def _rows(config, prefix=""):
+    "Name, value and comment of each field; those of configurations inside are indented by their dotted name."
+    comments = field_comments(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Config): yield from _rows(value, f"{prefix}{f.name}.")
+        else: yield prefix + f.name, repr(value), comments[f.name]
+
+
 def describe(
     config: Config,  # a configuration
 ) -> str:            # one line a field: name, value, comment
     "The configuration as a table that a person can read."
-    comments = field_comments(type(config))
-    rows = [(f.name, repr(getattr(config, f.name)), comments[f.name]) for f in fields(config)]
+    rows = list(_rows(config))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {comment}".rstrip() for name, value, comment in rows)

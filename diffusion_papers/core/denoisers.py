@@ -72,6 +72,17 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in, label = self.coefficients(x, sigma)
         return c_skip * x + c_out * self.network(c_in * x, label, **cond)
 
+    def with_features(
+        self,
+        x: torch.Tensor,      # variance-exploding state (B, ...)
+        sigma: torch.Tensor,  # noise-to-signal ratio, above 0 (B,)
+        **cond,               # handed to the network
+    ):                        # estimate of x_0 (B, ...), last features of the network, its embedding of the noise level
+        "The estimate together with what a head may read from the network, in one call of it."
+        c_skip, c_out, c_in, label = self.coefficients(x, sigma)
+        output, features, embedding = self.network.with_features(c_in * x, label, **cond)
+        return c_skip * x + c_out * output, features, embedding
+
 # %% ../../nbs/core/04_denoisers.ipynb #b02f9f8c
 def to_x0(
     value: torch.Tensor,  # a prediction (B, ...)
