@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
-QUIET = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}  # progress bars are for people who wait; nbs/conftest.py sets the same
+QUIET = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # progress bars are for people who wait; nbs/conftest.py sets the same
 
 
 def still(outputs):

@@ -9,7 +9,7 @@ __all__ = ['PREDICTIONS', 'preconditioning', 'per_sample', 'Denoiser', 'to_x0', 
 import torch
 from torch import nn
 
-from .checks import check_choice, check_range, check_tensor
+from .checks import check_choice, check_range
 from .processes import NoiseProcess
 
 # %% ../../nbs/core/04_denoisers.ipynb #529dce9c

@@ -21,7 +21,7 @@ class FourierEmbedding(nn.Module):
     def __init__(
         self,
         size: int,            # number of features, even
-        highest: float=64.0,  # largest angular frequency
+        highest: float=4.0,   # largest angular frequency
     ):
         super().__init__()
         if size < 4 or size % 2: raise ValueError(f"size: expected an even number of at least 4, got {size}")
@@ -67,13 +67,14 @@ class ResidualMLP(nn.Module):
         blocks: int=3,           # residual blocks, at least 1
         classes: int=0,          # number of classes; the index `classes` itself means "no class"
         fourier: int=64,         # features of the noise level's embedding
+        highest: float=4.0,      # their largest angular frequency
     ):
         super().__init__()
         check_range(blocks, "blocks", 1); check_range(classes, "classes", 0)
         self.shape, self.width, self.classes = tuple(shape), width, classes
         size = math.prod(self.shape)
         self.input = nn.Linear(size, width)
-        self.noise_embedding = nn.Sequential(FourierEmbedding(fourier), nn.Linear(fourier, width), nn.SiLU())
+        self.noise_embedding = nn.Sequential(FourierEmbedding(fourier, highest), nn.Linear(fourier, width), nn.SiLU())
         self.class_embedding = nn.Embedding(classes + 1, width) if classes else None
         self.blocks = nn.ModuleList(ResidualBlock(width, width) for _ in range(blocks))
         self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size))

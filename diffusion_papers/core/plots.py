@@ -48,13 +48,13 @@ def tile(
     images: torch.Tensor,  # (B, C, H, W) in [-1, 1]
     columns: int=8,        # images in a row
     scale: int=1,          # every pixel becomes a square of this size
-    gap: int=1,            # grey pixels between images, before scaling
+    gap: int=1,            # light pixels between images, before scaling
 ) -> np.ndarray:           # one picture (H', W', 3), uint8
     "Images side by side, in rows."
     pixels = to_pixels(images)
     rows, columns = -(-len(pixels) // columns), min(columns, len(pixels))
     height, width = pixels.shape[1] + gap, pixels.shape[2] + gap
-    picture = np.full((rows * height - gap, columns * width - gap, 3), 128, np.uint8)
+    picture = np.full((rows * height - gap, columns * width - gap, 3), 230, np.uint8)
     for index, image in enumerate(pixels):
         top, left = index // columns * height, index % columns * width
         picture[top:top + height - gap, left:left + width - gap] = image
@@ -96,7 +96,7 @@ def plot_curves(
         ax.plot(xs, np.median(ys, 0), label=method, markersize=5, **look)
         if len(ys) > 1: ax.fill_between(xs, ys.min(0), ys.max(0), color=look["color"], alpha=0.18, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
-    xs = sorted({x for xs, _ in curves.values() for x in xs})
+    xs = next(iter(curves.values()))[0]  # the first method's budgets are the ticks
     if len(xs) <= 8:
         ax.set_xticks(xs, [f"{x:g}" for x in xs]); ax.minorticks_off()
     ax.grid(alpha=0.3); ax.legend(fontsize=8, frameon=False)
@@ -116,18 +116,20 @@ def frames_figure(
     controls: dict,   # argument of `draw` -> list of its values; the first becomes the slider
     layout: dict,     # plotly layout
     start: dict,      # argument -> the value to begin with
+    background: list, # traces that stay the same, drawn below
 ) -> dict:            # a plotly figure as plain data
     "A plotly figure with a frame for each combination of values."
     (slider, positions), others = next(iter(controls.items())), dict(itertools.islice(controls.items(), 1, None))
     combinations = [dict(zip(others, values)) for values in itertools.product(*others.values())]
     named = lambda settings: ", ".join(f"{name} {value}" if not isinstance(value, bool) else f"{name if value else 'no ' + name}" for name, value in settings.items())
-    frames, first, sliders = [], None, []
+    frames, first, sliders, background = [], None, [], _rounded(background)
     for combination in combinations:
         steps = []
         for position in positions:
             drawn = draw(**{slider: position}, **combination)
             traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
-            frame = {"name": json.dumps([position, combination], default=str), "data": _rounded(traces), "layout": {"title": {"text": title}}}
+            frame = {"name": json.dumps([position, combination], default=str), "data": _rounded(traces), "layout": {"title": {"text": title}},
+                     "traces": list(range(len(background), len(background) + len(traces)))}
             frames.append(frame)
             steps.append({"label": f"{position:g}" if isinstance(position, float) else str(position), "method": "animate",
                           "args": [[frame["name"]], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}]})
@@ -138,9 +140,9 @@ def frames_figure(
     if others:  # choosing a combination swaps the slider for that of its frames, and shows the frame at the slider's start
         show = lambda i: frames[i * len(positions) + sliders[i]["active"]]
         restyle = lambda i: {key: [trace.get(key) for trace in show(i)["data"]] for key in sorted({key for trace in show(i)["data"] for key in trace} - {"type"})}
-        buttons = [{"label": named(c), "method": "update", "args": [restyle(i), {"sliders": [sliders[i]], "title.text": show(i)["layout"]["title"]["text"]}]} for i, c in enumerate(combinations)]
+        buttons = [{"label": named(c), "method": "update", "args": [restyle(i), {"sliders": [sliders[i]], "title.text": show(i)["layout"]["title"]["text"]}, show(i)["traces"]]} for i, c in enumerate(combinations)]
         layout["updatemenus"] = [{"buttons": buttons, "active": begin, "x": 0, "xanchor": "left", "y": 1.18, "yanchor": "top", "showactive": True}]
-    return {"data": first["data"], "layout": layout, "frames": frames}
+    return {"data": background + first["data"], "layout": layout, "frames": frames}
 
 # %% ../../nbs/core/12_plots.ipynb #e7c18a25
 def _controls(controls, start):
@@ -159,18 +161,19 @@ def explore(
     controls: dict,           # argument of `draw` -> list of its values; the first becomes the slider of the still form
     layout: dict | None=None, # plotly layout: axes, size
     start: dict | None=None,  # argument -> the value to begin with; the first of its list where it says nothing
+    background: list=(),      # traces that stay the same, drawn below
 ):
     "Display a picture with controls: ipywidgets in a live kernel, a plotly figure with frames elsewhere."
     display, widgets, go = require("IPython.display", "plots"), require("ipywidgets", "plots"), require("plotly.graph_objects", "plots")
     start = {name: values[0] for name, values in controls.items()} | (start or {})
     layout = {"width": 640, "height": 480, "margin": {"l": 50, "r": 20, "t": 70, "b": 40}} | (layout or {})
-    still = frames_figure(draw, controls, layout, start)
+    still = frames_figure(draw, controls, layout, start, list(background))
 
     live, picture = _controls(controls, start), widgets.Output()
     def redraw(_=None):
         drawn = draw(**{name: control.value for name, control in live.items()})
         traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
-        figure = go.Figure({"data": _rounded(traces), "layout": {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}})
+        figure = go.Figure({"data": _rounded([*background, *traces]), "layout": {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}})
         picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}},)
     for control in live.values(): control.observe(redraw, "value")
     redraw()

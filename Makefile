@@ -1,0 +1,52 @@
+# Every habit has one name. `make demo` and `make test` need Python 3.11 (or newer), make and git, nothing else.
+
+PYTHON ?= python3
+PAPER  ?= genie
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := $(BIN)/python -m diffusion_papers
+
+.PHONY: help setup demo test lab results bench scale docs readme notebooks clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## the environment, in .venv
+
+$(VENV)/.installed: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## every paper's main small experiment, from shipped checkpoints, on one page: _out/index.html
+	$(RUN) demo
+
+test: setup ## all checks: the test suite, then every notebook against its stored outputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval nbs -n 2 --dist loadfile -p no:cacheprovider
+
+lab: setup ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+results: setup ## the slow experiments of PAPER (default: genie), those that are not stored yet
+	$(RUN) results $(PAPER)
+
+bench: setup ## timings of PAPER against straightforward ways to do the same
+	$(RUN) bench $(PAPER)
+
+scale: setup ## build, train one step, save and resume every configuration of PAPER
+	$(RUN) scale $(PAPER)
+
+docs: setup readme ## the site, in _docs (a first sketch)
+	$(BIN)/python tools/site.py
+
+readme: setup ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+notebooks: setup ## after editing: export, execute in place (NB=nbs/... for some), clean
+	$(BIN)/nbdev_export
+	OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py $(NB)
+	$(BIN)/nbdev_clean
+
+clean: ## what the commands made
+	rm -rf _out _docs _proc runs nbs/nbdev.yml nbs/sidebar.yml

@@ -1,0 +1,98 @@
+"""The repository says one thing once: generated files are those of their sources, nothing is stale, nothing is missing."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion_papers.core.evidence import is_stale
+from diffusion_papers.core.registry import papers
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path for path in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+SOURCES = ("nbs", "diffusion_papers", "settings.ini", "README.md", "tools", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not {"__pycache__", ".ipynb_checkpoints", "_proc"} & set(path.parts)}
+
+
+@pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean", "readme"])
+def test_generated_files_are_current(command, tmp_path):
+    for name in SOURCES:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    before = snapshot(tmp_path)
+    words = [sys.executable, "tools/readme.py"] if command == "readme" else [str(Path(sys.executable).parent / command)]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    after = snapshot(tmp_path)
+    assert before.keys() == after.keys()
+    assert [str(name) for name in before if before[name] != after[name]] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_small_and_compared(notebook):
+    assert notebook.stat().st_size < 2_000_000
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [cell for cell in cells if cell["outputs"]]
+    exempt = [cell for cell in shown if set(cell["metadata"].get("tags", [])) & {"nbval-ignore-output", "nbval-skip"}]
+    assert len(exempt) <= max(1, len(shown) / 3)
+    assert not any(output["output_type"] == "error" for cell in shown for output in cell["outputs"])
+    assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for cell in shown for output in cell["outputs"])
+    assert len(cells) < 6 or shown, "no stored outputs"
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + [str(n.relative_to(ROOT)) for n in NOTEBOOKS])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    text = path.read_text()
+    if path.suffix == ".ipynb": text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#", "mailto"))]
+    missing = [link for link in links if not any((path.parent / (link.split("#")[0] + end)).exists() for end in ("", ".md"))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("slug", sorted(papers()))
+def test_stored_results_are_of_todays_code(slug):
+    path = ROOT / "data" / "results" / f"{slug}.json"
+    assert path.is_file() and not is_stale(json.loads(path.read_text())), f"make results PAPER={slug}"
+
+
+@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data" / "checkpoints").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_checkpoints_say_how_they_were_made(checkpoint):
+    assert checkpoint.stat().st_size < 8_000_000
+    about = json.loads(checkpoint.with_suffix(".json").read_text())
+    assert {"command", "config", "machine", "minutes", "metrics"} <= about.keys() and "seed" in about["config"]
+
+
+BARE = """
+import importlib.abc, sys, sysconfig
+from pathlib import Path
+allowed = {"torch", "numpy", "diffusion_papers", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "functorch", "torchgen", "setuptools"}
+installed = {path.name.split(".")[0] for path in Path(sysconfig.get_path("purelib")).iterdir()} - allowed
+class Bare(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in installed: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Bare())
+"""
+
+
+@pytest.mark.parametrize("slug", sorted(papers()))
+def test_papers_import_with_torch_and_numpy_alone(slug):
+    program = BARE + f"import diffusion_papers.{slug} as paper, torch\npaper.build(paper.CONFIGS['cpu'])\ntry: paper.train(paper.CONFIGS['cpu'])\nexcept ImportError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'diffusion_papers[" in done.stdout
+
+
+def test_core_never_imports_a_paper_and_papers_never_each_other():
+    names = set(papers())
+    for path in (ROOT / "diffusion_papers").rglob("*.py"):
+        if path.name in ("_modidx.py", "__main__.py"): continue
+        imported = {(node.module or "").split(".")[-1] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not imported & (names - {path.stem}), path

@@ -1,0 +1,41 @@
+"""README.md from nbs/index.ipynb: hidden cells and hidden sources are left out, links are made relative to the top folder, pictures become files."""
+import base64
+import posixpath
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rebased(text):
+    "Links that are relative to nbs/ as links that are relative to the top folder."
+    def link(found):
+        target = found[1]
+        if not re.match(r"[a-z]+:|#", target):
+            target = posixpath.normpath(posixpath.join("nbs", target))
+            if not (ROOT / target).exists() and (ROOT / f"{target}.md").exists(): target += ".md"
+        return f"]({target})"
+    return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def rendered(cell, number):
+    "One cell as Markdown."
+    if cell.cell_type == "markdown": return rebased(cell.source)
+    if cell.source.startswith("#| hide"): return ""
+    parts = [] if "#| echo: false" in cell.source else [f"```python\n{cell.source}\n```"]
+    for output in cell.outputs:
+        if "text" in output: parts.append(f"```\n{output.text.rstrip()}\n```")
+        elif "image/png" in output.get("data", {}):
+            picture = ROOT / "nbs" / "images" / f"index_{number}.png"
+            picture.parent.mkdir(exist_ok=True)
+            picture.write_bytes(base64.b64decode(output.data["image/png"]))
+            parts.append(f"![](nbs/images/{picture.name})")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    cells = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
+    text = "\n\n".join(part for number, cell in enumerate(cells) if (part := rendered(cell, number).strip()))
+    (ROOT / "README.md").write_text(text + "\n", encoding="utf-8")
