@@ -102,7 +102,7 @@ def do_results(args):
     "Run the slow experiments of a paper that are not stored yet."
     from diffusion_papers.core.evidence import run_experiments
     module = paper(args.paper)
-    results = run_experiments(args.paper, module.EXPERIMENTS, module.run_experiment, module.EXPERIMENT_MODULES)
+    results = run_experiments(args.paper, module.EXPERIMENTS, module.run_experiment)
     print(f"data/results/{args.paper}.json: {len(results['experiments'])} experiments")
 
 

@@ -77,7 +77,7 @@ def write_demonstrations(
 ) -> bool:                                # whether all of them ran
     "Run the papers' demonstrations with progress, and write the page."
     sections, summary = [], []
-    for name in require("tqdm.auto", "train").tqdm(names or list(papers()), desc="demonstrations", unit="paper"):
+    for name in require("tqdm", "train").tqdm(names or list(papers()), desc="demonstrations", unit="paper"):
         began = time.perf_counter()
         try: shown, outcome = paper(name).demonstrate(), None
         except Exception as error: shown, outcome = Demonstration(name, "", False, f"{type(error).__name__}: {error}", [], {}), "failed"

@@ -231,7 +231,7 @@ def fit(
                              collate_fn=collate, pin_memory=accelerator.device.type == "cuda"))
     report_every = max(1, config.steps // 100)
     total, counted = torch.zeros((), device=accelerator.device), 0
-    bar = require("tqdm.auto", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title, disable=None if accelerator.is_main_process else True)
+    bar = require("tqdm", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title, **({} if accelerator.is_main_process else {"disable": True}))
     with bar, torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         for step in range(first, config.steps):
             for group in optimizer.param_groups: group["lr"] = config.lr * lr_factor(config, step)
