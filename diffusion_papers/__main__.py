@@ -32,7 +32,8 @@ def arguments_of(
     "The keyword arguments of a function that `--set` may change."
     lines = inspect.getsource(function).split(") ->")[0].split("):")[0].splitlines()
     named = {line.strip().split(":")[0].split("=")[0].strip(): line.strip() for line in lines}
-    return {name: named[name] for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty and name not in ("callback", "x_T")}
+    return {name: named[name] for name, p in inspect.signature(function).parameters.items()
+            if p.default is not p.empty and name not in ("callback", "x_T")}
 
 
 def converted(
@@ -65,16 +66,19 @@ def do_train(args):
     "Train, and write the model and how it was made."
     from diffusion_papers.core.evidence import machine, write_json
     module = paper(args.paper)
-    if args.preset not in module.CONFIGS: raise ValueError(f"--preset: {args.paper} has {', '.join(module.CONFIGS)}; got {args.preset!r}")
+    if args.preset not in module.CONFIGS:
+        raise ValueError(f"--preset: {args.paper} has {', '.join(module.CONFIGS)}; got {args.preset!r}")
     config = module.CONFIGS[args.preset].override(**dict(args.set))
     folder = Path(args.folder or f"runs/{args.paper}/{args.preset}")
     began = time.perf_counter()
     model = module.train(config, folder, resume=args.resume, device=args.device)
     path = Path(args.output or folder / "model.safetensors")
     module.save_model(path, model)
-    about = {"command": "python -m diffusion_papers " + shlex.join(args.words), "config": config.to_dict(), "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2)}
+    about = {"command": "python -m diffusion_papers " + shlex.join(args.words), "config": config.to_dict(),
+             "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2)}
     write_json(path.with_suffix(".json"), about | {"metrics": module.evaluate(model)})
-    print(f"{path}: trained in {about['minutes']} minutes; how it was made and its metrics: {path.with_suffix('.json')}")
+    print(f"{path}: trained in {about['minutes']} minutes; "
+          f"how it was made and its metrics: {path.with_suffix('.json')}")
 
 
 def do_sample(args):
@@ -94,7 +98,8 @@ def do_evaluate(args):
     module = paper(args.paper)
     rows = module.evaluate(_model(args), **converted(module.evaluate, args.set))
     print("  ".join(f"{name:>14s}" for name in rows[0]))
-    for row in rows: print("  ".join(f"{value:14.4g}" if isinstance(value, float) else f"{value!s:>14s}" for value in row.values()))
+    for row in rows:
+        print("  ".join(f"{value:14.4g}" if isinstance(value, float) else f"{value!s:>14s}" for value in row.values()))
     if args.output: write_json(Path(args.output), rows)
 
 # %% ../nbs/command_line.ipynb #e90aa0de
@@ -109,7 +114,8 @@ def do_results(args):
 def do_demo(args):
     "Run every paper's demonstration and write one page."
     from diffusion_papers.core.page import write_demonstrations
-    if not write_demonstrations(args.output, names=args.papers or None): raise RuntimeError("a demonstration failed; the page says which and why")
+    if not write_demonstrations(args.output, names=args.papers or None):
+        raise RuntimeError("a demonstration failed; the page says which and why")
 
 
 def do_bench(args):
@@ -118,7 +124,8 @@ def do_bench(args):
     rows = paper(args.paper).benchmark(args.device)
     path = data_folder() / "benchmarks" / f"{args.paper}_{args.device or 'auto'}.json"
     write_json(path, {"command": f"make bench PAPER={args.paper}", "machine": machine(), "rows": rows})
-    for row in rows: print("  ".join(f"{value:10.4g}" if isinstance(value, float) else f"{value!s}" for value in row.values()))
+    for row in rows:
+        print("  ".join(f"{value:10.4g}" if isinstance(value, float) else f"{value!s}" for value in row.values()))
 
 
 def do_scale(args):
@@ -131,36 +138,52 @@ def parser(
     words: list[str],            # the command line: help texts that need an import are made only for what it names
 ) -> argparse.ArgumentParser:    # of all commands
     "All commands with their help."
-    root = argparse.ArgumentParser("python -m diffusion_papers", description="Research papers on diffusion and equilibrium models: train, sample, evaluate.")
+    root = argparse.ArgumentParser(
+        "python -m diffusion_papers",
+        description="Research papers on diffusion and equilibrium models: train, sample, evaluate.")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name, action, settable=None, **options):
         if settable is None: each = {"": commands.add_parser(name, help=action.__doc__, description=action.__doc__)}
         else:
-            kinds = commands.add_parser(name, help=action.__doc__, description=action.__doc__).add_subparsers(title="papers", required=True, metavar="PAPER")
-            each = {slug: kinds.add_parser(slug, help=line, description=f"{action.__doc__} {slug}: {line}", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                           epilog=settable(slug) if slug in words else None) for slug, line in papers().items()}
+            kinds = commands.add_parser(name, help=action.__doc__, description=action.__doc__).add_subparsers(
+                title="papers", required=True, metavar="PAPER")
+            each = {slug: kinds.add_parser(slug, help=line, description=f"{action.__doc__} {slug}: {line}",
+                                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                                           epilog=settable(slug) if slug in words else None)
+                    for slug, line in papers().items()}
         for slug, sub in each.items():
             for option, settings in options.items(): sub.add_argument(f"--{option}", **settings)
             sub.set_defaults(action=action, paper=slug)
         return each
 
     device = {"choices": ("cpu", "cuda"), "help": "where to compute; the best there is by default"}
-    overrides = {"nargs": "+", "action": "extend", "type": pair, "default": [], "metavar": "NAME=VALUE", "help": "override any of the values below"}
+    overrides = {"nargs": "+", "action": "extend", "type": pair, "default": [], "metavar": "NAME=VALUE",
+                 "help": "override any of the values below"}
     model = {"metavar": "FILE", "help": "a model.safetensors; what ships with the package by default"}
     fields = lambda slug: "values of the first preset:\n" + describe(next(iter(paper(slug).CONFIGS.values())))
-    arguments = lambda action: lambda slug: "values:\n" + "\n".join("  " + line for line in arguments_of(getattr(paper(slug), action)).values())
+    arguments = lambda action: lambda slug: "values:\n" + "\n".join(
+        "  " + line for line in arguments_of(getattr(paper(slug), action)).values())
 
     command("list", do_list)
-    command("train", do_train, fields, preset={"default": "cpu", "help": "a named configuration, see `list` (default: cpu)"}, set=overrides, device=device,
-            folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"}, resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
+    command("train", do_train, fields,
+            preset={"default": "cpu", "help": "a named configuration, see `list` (default: cpu)"},
+            set=overrides, device=device,
+            folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
+            resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
             output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
-    command("sample", do_sample, arguments("sample"), set=overrides, model=model, device=device | {"default": "cpu"}, output={"metavar": "FILE", "default": "samples.png", "help": "a PNG picture (default: samples.png)"})
-    command("evaluate", do_evaluate, arguments("evaluate"), set=overrides, model=model, device=device | {"default": "cpu"}, output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
-    command("results", do_results, lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.")
+    command("sample", do_sample, arguments("sample"),
+            set=overrides, model=model, device=device | {"default": "cpu"},
+            output={"metavar": "FILE", "default": "samples.png", "help": "a PNG picture (default: samples.png)"})
+    command("evaluate", do_evaluate, arguments("evaluate"),
+            set=overrides, model=model, device=device | {"default": "cpu"},
+            output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
+    command("results", do_results,
+            lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.")
     command("bench", do_bench, lambda slug: "The table goes to data/benchmarks/.", device=device)
     command("scale", do_scale, lambda slug: "The table goes to data/benchmarks/.", device=device)
-    for sub in command("demo", do_demo, output={"metavar": "FILE", "default": "_out/index.html", "help": "the page (default: _out/index.html)"}).values():
+    for sub in command("demo", do_demo, output={"metavar": "FILE", "default": "_out/index.html",
+                                                "help": "the page (default: _out/index.html)"}).values():
         sub.add_argument("papers", nargs="*", help="which papers; all by default")
     return root
 
@@ -179,4 +202,5 @@ def main(
     return 0
 
 # %% ../nbs/command_line.ipynb #eecf8e11
-if __name__ == "__main__" and __package__ == "diffusion_papers": sys.exit(main())  # not in a notebook, which is "__main__" too
+if __name__ == "__main__" and __package__ == "diffusion_papers":  # not in a notebook, which is "__main__" too
+    sys.exit(main())

@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -30,20 +29,26 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     run = ["train", "genie", "--folder", tmp_path / "run", "--device", "cpu", "--set", *SMALL]
     assert command(*run).returncode == 0
     about = json.loads((tmp_path / "run" / "model.json").read_text())
-    assert about["config"]["base"]["steps"] == 3 and about["metrics"] and about["command"].startswith("python -m diffusion_papers train genie")
+    assert (about["config"]["base"]["steps"] == 3 and about["metrics"]
+            and about["command"].startswith("python -m diffusion_papers train genie"))
     again = command(*run)
     assert again.returncode == 1 and "resume" in again.stderr
     assert command(*run[:-len(SMALL)], *SMALL, "base.steps=5", "--resume").returncode == 0
     model = tmp_path / "run" / "model.safetensors"
-    done = command("evaluate", "genie", "--model", model, "--set", "count=20", "budgets=(5,)", "--output", tmp_path / "rows.json")
-    assert done.returncode == 0 and "frechet" in done.stdout and len(json.loads((tmp_path / "rows.json").read_text())) == 7
-    assert command("sample", "genie", "--model", model, "--set", "count=4", "--output", tmp_path / "a" / "samples.png").returncode == 0
+    done = command("evaluate", "genie", "--model", model, "--set", "count=20", "budgets=(5,)",
+                   "--output", tmp_path / "rows.json")
+    assert (done.returncode == 0 and "frechet" in done.stdout
+            and len(json.loads((tmp_path / "rows.json").read_text())) == 7)
+    assert command("sample", "genie", "--model", model, "--set", "count=4",
+                   "--output", tmp_path / "a" / "samples.png").returncode == 0
     assert (tmp_path / "a" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("words, told", [
-    (["train", "genie", "--set", "widht=3"], "expected one of"), (["train", "genie", "--preset", "huge"], "--preset: genie has cpu"),
-    (["sample", "genie", "--model", "nowhere.safetensors"], "there is no such checkpoint"), (["sample", "genie", "--set", "solver=rk4"], "solver: expected one of"),
+    (["train", "genie", "--set", "widht=3"], "expected one of"),
+    (["train", "genie", "--preset", "huge"], "--preset: genie has cpu"),
+    (["sample", "genie", "--model", "nowhere.safetensors"], "there is no such checkpoint"),
+    (["sample", "genie", "--set", "solver=rk4"], "solver: expected one of"),
     (["sample", "genie", "--set", "calls"], "expected name=value"), (["sample", "gan"], "invalid choice")])
 def test_mistakes_are_told_in_one_line(words, told, tmp_path):
     if words[0] == "train": words += ["--folder", str(tmp_path)]

@@ -12,7 +12,8 @@ from torch import nn
 from diffusion_papers import genie
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 
-CONFIG = "genie.CONFIGS['cpu'].override(**{'width': 32, 'blocks': 1, 'base.steps': 4000, 'head.steps': 2, 'base.checkpoint_every': 3, 'base.batch_size': 16, 'head.batch_size': 16})"
+CONFIG = ("genie.CONFIGS['cpu'].override(**{'width': 32, 'blocks': 1, 'base.steps': 4000, 'head.steps': 2, "
+          "'base.checkpoint_every': 3, 'base.batch_size': 16, 'head.batch_size': 16})")
 PROGRAM = f"""
 import sys
 from diffusion_papers import genie
@@ -26,7 +27,8 @@ def state_of(folder):
 
 
 def test_killed_ten_times_and_resumed_is_bit_identical(tmp_path):
-    start = lambda folder: subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    start = lambda folder: subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)],
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     undisturbed = start(tmp_path / "undisturbed")
     kills, steps = 0, []
     moments = random.Random(0)
@@ -34,7 +36,8 @@ def test_killed_ten_times_and_resumed_is_bit_identical(tmp_path):
         victim = start(tmp_path / "killed")
         run = tmp_path / "killed" / "run.safetensors"
         seen = run.stat().st_mtime_ns if run.exists() else 0
-        while victim.poll() is None and not (run.exists() and run.stat().st_mtime_ns != seen): time.sleep(0.005)  # until it trains
+        while victim.poll() is None and not (run.exists() and run.stat().st_mtime_ns != seen):  # until it trains
+            time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.4))
         assert victim.poll() is None, f"finished after {kills} kills only: {victim.stderr.read().decode()}"
         victim.send_signal(signal.SIGKILL)
@@ -52,7 +55,8 @@ def test_resumed_head_is_bit_identical(tmp_path):
     class Stop(Exception): pass
     def stop(step, loss):
         if step == 7: raise Stop
-    config = genie.CONFIGS["cpu"].override(**{"width": 32, "blocks": 1, "base.steps": 2, "head.steps": 20, "head.checkpoint_every": 5})
+    config = genie.CONFIGS["cpu"].override(
+        **{"width": 32, "blocks": 1, "base.steps": 2, "head.steps": 20, "head.checkpoint_every": 5})
     network = genie.train_network(config, device="cpu")
     undisturbed = genie.train_head(config, network, device="cpu")
     with pytest.raises(Stop): genie.train_head(config, network, device="cpu", folder=tmp_path, callback=stop)
@@ -87,7 +91,9 @@ def test_every_flipped_bit_is_noticed(saved):
 def test_a_model_is_never_half_loaded():
     model = nn.Linear(3, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for tensors in ({"weight": torch.ones(2, 3)}, {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)}):
+    for tensors in ({"weight": torch.ones(2, 3)},
+                    {"weight": torch.ones(2, 3), "bias": torch.ones(3)},
+                    {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)}):
         with pytest.raises(CheckpointError): load_into(model, tensors)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -99,7 +105,8 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     assert torch.equal(load_foreign(tmp_path / "tensors.pt")["w"], torch.ones(2))
     with pytest.raises(CheckpointError, match="load_foreign"): load_checkpoint(tmp_path / "tensors.pt")
     save_checkpoint(tmp_path / "other.safetensors", {"w": torch.ones(2)}, {"kind": "something"})
-    with pytest.raises(CheckpointError, match="expected a GENIE model, got something"): genie.load_model(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="expected a GENIE model, got something"):
+        genie.load_model(tmp_path / "other.safetensors")
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):

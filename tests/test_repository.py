@@ -15,7 +15,8 @@ from diffusion_papers.core.registry import papers
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-SOURCES = ("nbs", "diffusion_papers", "settings.ini", "README.md", "tools", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md")
+SOURCES = ("nbs", "diffusion_papers", "settings.ini", "README.md", "tools", "pyproject.toml",
+           "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def snapshot(folder):
@@ -43,17 +44,22 @@ def test_notebook_is_small_and_compared(notebook):
     exempt = [cell for cell in shown if set(cell["metadata"].get("tags", [])) & {"nbval-ignore-output", "nbval-skip"}]
     assert len(exempt) <= max(1, len(shown) / 3)
     assert not any(output["output_type"] == "error" for cell in shown for output in cell["outputs"])
-    assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for cell in shown for output in cell["outputs"])
+    assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {})
+                   for cell in shown for output in cell["outputs"])
     assert len(cells) < 6 or shown, "no stored outputs"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + [str(n.relative_to(ROOT)) for n in NOTEBOOKS])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + [str(n.relative_to(ROOT)) for n in NOTEBOOKS])
 def test_links_lead_somewhere(document):
     path = ROOT / document
     text = path.read_text()
-    if path.suffix == ".ipynb": text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
+                         if cell["cell_type"] == "markdown")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#", "mailto"))]
-    missing = [link for link in links if not any((path.parent / (link.split("#")[0] + end)).exists() for end in ("", ".md"))]
+    missing = [link for link in links
+               if not any((path.parent / (link.split("#")[0] + end)).exists() for end in ("", ".md"))]
     assert missing == []
 
 
@@ -63,7 +69,8 @@ def test_stored_results_are_of_todays_code(slug):
     assert path.is_file() and not is_stale(json.loads(path.read_text())), f"make results PAPER={slug}"
 
 
-@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data" / "checkpoints").glob("*.safetensors")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data" / "checkpoints").glob("*.safetensors")),
+                         ids=lambda path: path.stem)
 def test_shipped_checkpoints_say_how_they_were_made(checkpoint):
     assert checkpoint.stat().st_size < 8_000_000
     about = json.loads(checkpoint.with_suffix(".json").read_text())
@@ -84,8 +91,10 @@ sys.meta_path.insert(0, Bare())
 
 @pytest.mark.parametrize("slug", sorted(papers()))
 def test_papers_import_with_torch_and_numpy_alone(slug):
-    program = BARE + f"import diffusion_papers.{slug} as paper, torch\npaper.build(paper.CONFIGS['cpu'])\ntry: paper.train(paper.CONFIGS['cpu'])\nexcept ImportError as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)})
+    program = BARE + (f"import diffusion_papers.{slug} as paper, torch\npaper.build(paper.CONFIGS['cpu'])\n"
+                      "try: paper.train(paper.CONFIGS['cpu'])\nexcept ImportError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "pip install 'diffusion_papers[" in done.stdout
 
@@ -94,5 +103,6 @@ def test_core_never_imports_a_paper_and_papers_never_each_other():
     names = set(papers())
     for path in (ROOT / "diffusion_papers").rglob("*.py"):
         if path.name in ("_modidx.py", "__main__.py"): continue
-        imported = {(node.module or "").split(".")[-1] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        imported = {(node.module or "").split(".")[-1] for node in ast.walk(ast.parse(path.read_text()))
+                    if isinstance(node, ast.ImportFrom)}
         assert not imported & (names - {path.stem}), path

@@ -11,7 +11,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
-QUIET = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # progress bars are for people who wait; nbs/conftest.py sets the same
+# progress bars are for people who wait; nbs/conftest.py sets the same
+QUIET = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 def still(outputs):
@@ -28,7 +29,8 @@ def joined(outputs):
     "Consecutive pieces of one stream as one output, as nbval joins them before it compares."
     result = []
     for output in outputs:
-        if result and output["output_type"] == "stream" and result[-1]["output_type"] == "stream" and result[-1]["name"] == output["name"]:
+        if (result and output["output_type"] == "stream" and result[-1]["output_type"] == "stream"
+                and result[-1]["name"] == output["name"]):
             result[-1]["text"] += output["text"]
         else: result.append(output)
     return result
@@ -37,7 +39,8 @@ def joined(outputs):
 def execute(path):
     "Run one notebook in its folder and write its outputs back."
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1800, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=1800, store_widget_state=False,
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs = joined(still(cell.outputs))
@@ -46,6 +49,7 @@ def execute(path):
 
 if __name__ == "__main__":
     os.environ |= QUIET
-    for path in [Path(name).resolve() for name in sys.argv[1:]] or sorted(ROOT.glob("nbs/**/[0-9]*.ipynb")) + [ROOT / "nbs" / "index.ipynb"]:
+    for path in ([Path(name).resolve() for name in sys.argv[1:]]
+                 or sorted(ROOT.glob("nbs/**/[0-9]*.ipynb")) + [ROOT / "nbs" / "index.ipynb"]):
         print(f"running {path.relative_to(ROOT)}", flush=True)
         execute(path)

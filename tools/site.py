@@ -11,7 +11,8 @@ from nbconvert import HTMLExporter
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "_docs"
 PLOTLY = "application/vnd.plotly.v1+json"
-NAVIGATION = "<nav style='padding:.6rem 1.2rem;font:14px/1.9 system-ui,sans-serif;border-bottom:1px solid #ccc'>{}</nav>"
+NAVIGATION = ("<nav style='padding:.6rem 1.2rem;font:14px/1.9 system-ui,sans-serif;"
+              "border-bottom:1px solid #ccc'>{}</nav>")
 
 
 def prepared(notebook, depth):
@@ -27,7 +28,8 @@ def prepared(notebook, depth):
         for output in cell.get("outputs", []):
             if PLOTLY in output.get("data", {}):
                 name, figure = f"figure-{number}", output.data.pop(PLOTLY)
-                draw = f"const f={json.dumps(figure)};Plotly.newPlot('{name}',f.data,f.layout).then(()=>Plotly.addFrames('{name}',f.frames||[]))"
+                draw = (f"const f={json.dumps(figure)};Plotly.newPlot('{name}',f.data,f.layout)"
+                        f".then(()=>Plotly.addFrames('{name}',f.frames||[]))")
                 output.data["text/html"] = f"<div id='{name}'></div><script>{{{draw}}}</script>"
         cells.append(cell)
     notebook.cells = cells
@@ -41,13 +43,16 @@ def title(path):
 
 if __name__ == "__main__":
     shutil.rmtree(OUT, ignore_errors=True)
-    pages = {path: path.relative_to(ROOT / "nbs").with_suffix(".html") for path in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
+    pages = {path: path.relative_to(ROOT / "nbs").with_suffix(".html")
+             for path in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
     titles = {path: title(path) for path in pages}
     for path, page in pages.items():
         up = "../" * (len(page.parts) - 1)
         body, _ = HTMLExporter(template_name="lab").from_notebook_node(prepared(nbformat.read(path, as_version=4), up))
-        links = " · ".join(f"<a href='{up}{other}'>{html.escape(titles[p].split(':')[0])}</a>" for p, other in pages.items())
-        body = body.replace("<head>", f"<head><script src='{up}plotly.min.js'></script>", 1).replace("<main>", NAVIGATION.format(links) + "<main>", 1)
+        links = " · ".join(f"<a href='{up}{other}'>{html.escape(titles[p].split(':')[0])}</a>"
+                           for p, other in pages.items())
+        body = (body.replace("<head>", f"<head><script src='{up}plotly.min.js'></script>", 1)
+                .replace("<main>", NAVIGATION.format(links) + "<main>", 1))
         (OUT / page).parent.mkdir(parents=True, exist_ok=True)
         (OUT / page).write_text(body, encoding="utf-8")
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", OUT / "plotly.min.js")

@@ -45,7 +45,8 @@ def mixture_denoiser(
     "The exact denoiser of an isotropic Gaussian mixture."
     check_tensor(means, "means", ndim=2); check_range(std, "std", 0.0)
     probs = torch.full((len(means),), 1 / len(means), dtype=means.dtype) if probs is None else probs
-    if probs.shape != means.shape[:1]: raise ValueError(f"probs: expected shape ({len(means)},), one a component, got {tuple(probs.shape)}")
+    if probs.shape != means.shape[:1]:
+        raise ValueError(f"probs: expected shape ({len(means)},), one a component, got {tuple(probs.shape)}")
     if not ((probs >= 0).all() and math.isclose(probs.sum().item(), 1, rel_tol=1e-4)):
         raise ValueError(f"probs: expected non-negative values that sum to 1, got a sum of {probs.sum().item():.6g}")
 

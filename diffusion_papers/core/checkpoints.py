@@ -63,7 +63,8 @@ def load_checkpoint(
     path = Path(path)
     if not path.is_file(): raise CheckpointError(f"{path}: there is no such checkpoint")
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path.name}: expected a .safetensors file; weights of others in .pt or .pth files are read by load_foreign")
+        raise CheckpointError(f"{path.name}: expected a .safetensors file; "
+                              "weights of others in .pt or .pth files are read by load_foreign")
     try:
         with require("safetensors", "train").safe_open(path, "pt", device="cpu") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -71,10 +72,13 @@ def load_checkpoint(
     except Exception as error:  # the library raises several kinds for damaged files
         raise CheckpointError(f"{path.name}: damaged or cut off, or not a safetensors file ({error})") from error
     if "digest" not in metadata or "about" not in metadata:
-        raise CheckpointError(f"{path.name}: a safetensors file, but not one of this package: it has no digest and no description")
+        raise CheckpointError(f"{path.name}: a safetensors file, but not one of this package: "
+                              "it has no digest and no description")
     try: about = json.loads(metadata["about"])
-    except json.JSONDecodeError as error: raise CheckpointError(f"{path.name}: damaged: its description cannot be read ({error})") from error
-    if digest(tensors, about) != metadata["digest"]: raise CheckpointError(f"{path.name}: damaged: its content does not match its digest")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path.name}: damaged: its description cannot be read ({error})") from error
+    if digest(tensors, about) != metadata["digest"]:
+        raise CheckpointError(f"{path.name}: damaged: its content does not match its digest")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, about
 
 # %% ../../nbs/core/09_checkpoints.ipynb #c51ab2cd
@@ -86,8 +90,8 @@ def load_foreign(
     if not path.is_file(): raise CheckpointError(f"{path}: there is no such checkpoint")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path.name}: refused: it is damaged, or holds objects other than tensors, which could run code "
-                              f"({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{path.name}: refused: it is damaged, or holds objects other than tensors, "
+                              f"which could run code ({str(error).splitlines()[0]})") from error
 
 # %% ../../nbs/core/09_checkpoints.ipynb #d715b103
 def load_into(
@@ -101,7 +105,8 @@ def load_into(
     missing, unexpected = state.keys() - tensors.keys(), tensors.keys() - state.keys()
     if missing: raise CheckpointError(f"{source}: lacks {some(missing)}, which {type(model).__name__} has")
     if unexpected: raise CheckpointError(f"{source}: has {some(unexpected)}, which {type(model).__name__} has not")
-    wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}" for name in state if tensors[name].shape != state[name].shape]
+    wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}"
+             for name in state if tensors[name].shape != state[name].shape]
     if wrong: raise CheckpointError(f"{source}: wrong shapes: {some(wrong)}")
     model.load_state_dict(tensors)
     return model
@@ -109,10 +114,12 @@ def load_into(
 # %% ../../nbs/core/09_checkpoints.ipynb #ba6d0720
 def data_folder() -> Path:  # an existing folder with checkpoints/ and results/
     "The folder of what ships with the package (`FileNotFoundError`)."
-    places = [Path(__file__).resolve().parents[2] / "data", Path(sysconfig.get_path("data")) / "share" / "diffusion_papers"]
+    places = [Path(__file__).resolve().parents[2] / "data",
+              Path(sysconfig.get_path("data")) / "share" / "diffusion_papers"]
     for place in places:
         if (place / "checkpoints").is_dir(): return place
-    raise FileNotFoundError(f"the package's data were looked for in {' and '.join(map(str, places))} and are in neither: reinstall diffusion_papers")
+    raise FileNotFoundError(f"the package's data were looked for in {' and '.join(map(str, places))} "
+                            "and are in neither: reinstall diffusion_papers")
 
 
 def pretrained_path(
@@ -121,5 +128,6 @@ def pretrained_path(
     "Where a shipped checkpoint lies; an unknown name is refused with the list of those that ship (`ValueError`)."
     folder = data_folder() / "checkpoints"
     if not (folder / f"{name}.safetensors").is_file():
-        raise ValueError(f"name: expected one of {', '.join(sorted(f.stem for f in folder.glob('*.safetensors')))}; got {name!r}")
+        raise ValueError("name: expected one of "
+                         f"{', '.join(sorted(f.stem for f in folder.glob('*.safetensors')))}; got {name!r}")
     return folder / f"{name}.safetensors"

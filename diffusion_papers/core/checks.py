@@ -19,7 +19,8 @@ def require(
     try: return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if module.split(".")[0] != (error.name or "").split(".")[0]: raise  # something that the module itself lacks
-        raise ImportError(f"{module} is needed here and is not installed: pip install 'diffusion_papers[{extra}]'") from error
+        raise ImportError(f"{module} is needed here and is not installed: "
+                          f"pip install 'diffusion_papers[{extra}]'") from error
 
 # %% ../../nbs/core/01_checks.ipynb #5b1d738a
 def check_tensor(
@@ -30,7 +31,8 @@ def check_tensor(
     "Require a floating-point tensor without NaN or infinity (`TypeError`, `ValueError`)."
     if not isinstance(x, torch.Tensor): raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point(): raise TypeError(f"{name}: expected floating-point values, got {x.dtype}")
-    if ndim is not None and x.ndim != ndim: raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).sum().item()
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {x.numel()}")
@@ -45,7 +47,8 @@ def check_images(
     check_tensor(images, name, ndim=4)
     low, high = images.min().item(), images.max().item()
     if low < -1.001 or high > 1.001:
-        raise ValueError(f"{name}: expected values in [-1, 1], got [{low:.4g}, {high:.4g}]; 8-bit pixels become x / 127.5 - 1")
+        raise ValueError(f"{name}: expected values in [-1, 1], got [{low:.4g}, {high:.4g}]; "
+                         "8-bit pixels become x / 127.5 - 1")
     return images
 
 # %% ../../nbs/core/01_checks.ipynb #3b2f1e66

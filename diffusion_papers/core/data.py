@@ -23,7 +23,8 @@ class TensorSet(Dataset):
     ):
         check_tensor(x0, "x0")
         for name, value in cond.items():
-            if len(value) != len(x0): raise ValueError(f"{name}: expected {len(x0)} values, one a sample, got {len(value)}")
+            if len(value) != len(x0):
+                raise ValueError(f"{name}: expected {len(x0)} values, one a sample, got {len(value)}")
         self.tensors = {"x0": x0, **cond}
 
     def __len__(self): return len(self.tensors["x0"])
@@ -58,7 +59,8 @@ def photographs(
     names = PHOTOGRAPHS[check_choice(split, "split", tuple(PHOTOGRAPHS))]
     load = lambda name: (require("sklearn.datasets", "data").load_sample_image(name) if name.endswith(".jpg")
                          else getattr(require("skimage.data", "data"), name)())
-    return {name.removesuffix(".jpg"): torch.from_numpy(np.array(load(name))).permute(2, 0, 1) / 127.5 - 1 for name in names}
+    return {name.removesuffix(".jpg"): torch.from_numpy(np.array(load(name))).permute(2, 0, 1) / 127.5 - 1
+            for name in names}
 
 # %% ../../nbs/core/08_data.ipynb #a819d4ca
 def random_crops(
@@ -70,7 +72,8 @@ def random_crops(
     "Crops at random places of random images, half of them mirrored."
     check_range(size, "size", 1, min(min(image.shape[1:]) for image in images.values()))
     images = list(images.values())
-    places = torch.tensor([(image.shape[1] - size + 1) * (image.shape[2] - size + 1) for image in images], dtype=torch.float64)
+    places = torch.tensor([(image.shape[1] - size + 1) * (image.shape[2] - size + 1) for image in images],
+                          dtype=torch.float64)
     chosen = torch.multinomial(places, count, replacement=True, generator=generator)
     across, down, mirrored = torch.rand(3, count, generator=generator)
     crops = torch.empty(count, images[0].shape[0], size, size)

@@ -44,7 +44,8 @@ def _definitions(
     for node in ast.walk(tree):  # imports inside of functions count too
         if isinstance(node, ast.ImportFrom):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            if origin.split(".")[0] == PACKAGE: imported |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
+            if origin.split(".")[0] == PACKAGE:
+                imported |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
     return defined, imported
 
 
@@ -53,7 +54,8 @@ def _program(node):
     node = copy.deepcopy(node)
     for part in ast.walk(node):
         body = getattr(part, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (isinstance(body, list) and body
+                and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)):
             part.body = body[1:] or [ast.Pass()]
     return ast.unparse(node)
 
@@ -72,13 +74,17 @@ def code_fingerprint(
             programs[module, name] = _program(defined[name])
             todo += [(module, part.id) for part in ast.walk(defined[name]) if isinstance(part, ast.Name)]
     if not programs: raise ValueError(f"function: there is no {function}")
-    return hashlib.sha256(json.dumps(sorted((".".join(key), text) for key, text in programs.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(sorted((".".join(key), text) for key, text in programs.items())).encode()
+    ).hexdigest()
 
 # %% ../../nbs/core/13_evidence.ipynb #917e1fdb
 def machine() -> dict:  # hardware and versions, plain data
     "The hardware and the versions that a result depends on."
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {_processor()}"
-    return {"hardware": hardware, "python": platform.python_version(), "torch": torch.__version__.split("+")[0], "system": platform.system()}
+    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available()
+                else f"CPU, {torch.get_num_threads()} threads, {_processor()}")
+    return {"hardware": hardware, "python": platform.python_version(),
+            "torch": torch.__version__.split("+")[0], "system": platform.system()}
 
 
 def _processor():
@@ -115,8 +121,10 @@ def run_experiments(
         if any(experiment["setting"] == setting for experiment in done): continue
         began = time.perf_counter()
         result = run(setting)
-        done.append({"setting": setting, "result": result, "seconds": round(time.perf_counter() - began, 1), "machine": machine()})
-        write_json(path, {"slug": slug, "command": f"make results {slug}", "function": function, "code": code, "experiments": done})
+        done.append({"setting": setting, "result": result,
+                     "seconds": round(time.perf_counter() - began, 1), "machine": machine()})
+        write_json(path, {"slug": slug, "command": f"make results {slug}", "function": function,
+                          "code": code, "experiments": done})
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/core/13_evidence.ipynb #97c10782
@@ -142,4 +150,5 @@ def select(
     **setting,      # fields that the setting must have
 ) -> list[dict]:    # the results of these experiments
     "The results of all experiments whose setting has these fields."
-    return [e["result"] for e in results["experiments"] if all(e["setting"].get(name) == value for name, value in setting.items())]
+    return [e["result"] for e in results["experiments"]
+            if all(e["setting"].get(name) == value for name, value in setting.items())]

@@ -34,8 +34,10 @@ def frechet(
     "Squared Frechet distance of two sets of features, under the assumption that both are Gaussian."
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         check_tensor(features, name, ndim=2); check_range(len(features), f"{name}, samples", 2)
-    if features_a.shape[1] != features_b.shape[1]: raise ValueError(f"features_b: expected {features_a.shape[1]} values a sample, got {features_b.shape[1]}")
-    moments = lambda features: (features.double().mean(0), torch.cov(features.double().T).reshape(2 * [features.shape[1]]))
+    if features_a.shape[1] != features_b.shape[1]:
+        raise ValueError(f"features_b: expected {features_a.shape[1]} values a sample, got {features_b.shape[1]}")
+    moments = lambda features: (features.double().mean(0),
+                                torch.cov(features.double().T).reshape(2 * [features.shape[1]]))
     return gaussian_frechet(*moments(features_a), *moments(features_b))
 
 # %% ../../nbs/core/11_metrics.ipynb #19deb3c5
@@ -55,7 +57,8 @@ def frechet_features(
     batch_size: int=500,     # images that the extractor sees at once
 ) -> float:                  # squared distance
     "Squared Frechet distance of the features that an extractor finds in clipped images."
-    features = lambda images: torch.cat([extractor(check_images(batch.clamp(-1, 1))) for batch in images.split(batch_size)])
+    features = lambda images: torch.cat([extractor(check_images(batch.clamp(-1, 1)))
+                                         for batch in images.split(batch_size)])
     return frechet(features(images_a), features(images_b))
 
 # %% ../../nbs/core/11_metrics.ipynb #9144de9d
@@ -66,14 +69,19 @@ def sliced_wasserstein(
     projections: int=256,        # number of directions, at least 1
 ) -> float:                      # distance, in the unit of the samples
     "Root mean square of the 1-D 2-Wasserstein distances along random directions (Bonneel et al. 2015)."
-    check_tensor(samples_a, "samples_a"); check_tensor(samples_b, "samples_b"); check_range(projections, "projections", 1)
-    if samples_a.shape[1:] != samples_b.shape[1:]: raise ValueError(f"samples_b: expected samples of shape {tuple(samples_a.shape[1:])}, got {tuple(samples_b.shape[1:])}")
+    check_tensor(samples_a, "samples_a"); check_tensor(samples_b, "samples_b")
+    check_range(projections, "projections", 1)
+    if samples_a.shape[1:] != samples_b.shape[1:]:
+        raise ValueError(f"samples_b: expected samples of shape {tuple(samples_a.shape[1:])}, "
+                         f"got {tuple(samples_b.shape[1:])}")
     samples_a, samples_b = samples_a.flatten(1).double(), samples_b.flatten(1).double()
     directions = torch.randn(samples_a.shape[1], projections, generator=generator, dtype=torch.float64)
     directions = (directions / directions.norm(dim=0)).to(samples_a.device)
     sorted_a, sorted_b = ((samples @ directions).sort(dim=0).values for samples in (samples_a, samples_b))
     if len(sorted_a) != len(sorted_b):
         count = max(len(sorted_a), len(sorted_b))
-        places = (torch.arange(count, dtype=torch.float64, device=samples_a.device) + 0.5) / count  # the middle of each step of the larger set's inverse distribution
-        sorted_a, sorted_b = (values[(places * len(values)).long().clamp(max=len(values) - 1)] for values in (sorted_a, sorted_b))
+        # the middle of each step of the larger set's inverse distribution
+        places = (torch.arange(count, dtype=torch.float64, device=samples_a.device) + 0.5) / count
+        sorted_a, sorted_b = (values[(places * len(values)).long().clamp(max=len(values) - 1)]
+                              for values in (sorted_a, sorted_b))
     return (sorted_a - sorted_b).square().mean().sqrt().item()

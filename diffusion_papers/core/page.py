@@ -39,7 +39,8 @@ def html_section(
 ) -> str:                  # an HTML section
     "One paper on the page."
     parts = [f"<section><h2>{html.escape(shown.title)}</h2><p>{html.escape(shown.claim)}</p>",
-             f'<p class="{"holds" if shown.holds else "fails"}">{"Holds" if shown.holds else "Does not hold"}: {html.escape(shown.verdict)}</p>']
+             f'<p class="{"holds" if shown.holds else "fails"}">{"Holds" if shown.holds else "Does not hold"}: '
+             f'{html.escape(shown.verdict)}</p>']
     if shown.curves.get("lines"):
         figure = require("matplotlib.figure", "plots").Figure(figsize=(6.4, 3.8), layout="constrained")
         plot_curves(shown.curves["lines"], shown.curves["xlabel"], shown.curves["ylabel"], figure.subplots())
@@ -47,16 +48,22 @@ def html_section(
     parts.append(html_table(shown.table))
     for caption, images in shown.images.items():
         picture = tile(images, columns=min(16, len(images)), scale=max(1, 48 // images.shape[-1]))
-        parts.append(f'<figure><img alt="{html.escape(caption)}" src="{data_uri(png(picture))}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+        parts.append(f'<figure><img alt="{html.escape(caption)}" src="{data_uri(png(picture))}">'
+                     f'<figcaption>{html.escape(caption)}</figcaption></figure>')
     return "".join(parts) + f"<p>{seconds:.1f} seconds</p></section>"
 
 # %% ../../nbs/core/15_page.ipynb #e76501c7
-STYLE = """
-:root { color-scheme: light dark; } body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
-th:first-child, td:first-child, .summary th, .summary td { text-align: left; } img { max-width: 100%; } figure { margin: 1rem 0; } figure img { image-rendering: pixelated; } figcaption { font-size: .9rem; opacity: .8; }
-.holds, .fails { padding: .5rem .8rem; border-left: .3rem solid #009E73; background: #009E7318; } .fails { border-color: #D55E00; background: #D55E0018; }
-"""
+STYLE = (
+    "\n:root { color-scheme: light dark; } "
+    "body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }\n"
+    "table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; } "
+    "th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; }\n"
+    "th:first-child, td:first-child, .summary th, .summary td { text-align: left; } "
+    "img { max-width: 100%; } figure { margin: 1rem 0; } figure img { image-rendering: pixelated; } "
+    "figcaption { font-size: .9rem; opacity: .8; }\n"
+    ".holds, .fails { padding: .5rem .8rem; border-left: .3rem solid #009E73; background: #009E7318; } "
+    ".fails { border-color: #D55E00; background: #D55E0018; }\n"
+)
 
 
 def html_page(
@@ -65,9 +72,12 @@ def html_page(
 ) -> str:                  # the page
     "The whole page; it loads nothing from elsewhere."
     about, overview = machine(), html_table(summary, "summary")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>diffusion_papers: demonstrations</title>'
-            f"<style>{STYLE}</style></head><body><h1>diffusion_papers</h1><p>The main small experiment of every paper, run from shipped checkpoints on this machine: "
-            f'{html.escape(about["hardware"])}, Python {about["python"]}, torch {about["torch"]}.</p>{overview}{"".join(sections)}</body></html>')
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><title>diffusion_papers: demonstrations</title>'
+            f"<style>{STYLE}</style></head><body><h1>diffusion_papers</h1>"
+            "<p>The main small experiment of every paper, run from shipped checkpoints on this machine: "
+            f'{html.escape(about["hardware"])}, Python {about["python"]}, torch {about["torch"]}.</p>'
+            f'{overview}{"".join(sections)}</body></html>')
 
 # %% ../../nbs/core/15_page.ipynb #e7ce820c
 def write_demonstrations(
@@ -80,10 +90,12 @@ def write_demonstrations(
     for name in require("tqdm", "train").tqdm(names or list(papers()), desc="demonstrations", unit="paper"):
         began = time.perf_counter()
         try: shown, outcome = paper(name).demonstrate(), None
-        except Exception as error: shown, outcome = Demonstration(name, "", False, f"{type(error).__name__}: {error}", [], {}), "failed"
+        except Exception as error:
+            shown, outcome = Demonstration(name, "", False, f"{type(error).__name__}: {error}", [], {}), "failed"
         seconds = time.perf_counter() - began
         sections.append(html_section(shown, seconds))
-        summary.append({"paper": name, "claim": outcome or ("holds" if shown.holds else "does not hold"), "seconds": round(seconds, 1), "result": shown.verdict})
+        summary.append({"paper": name, "claim": outcome or ("holds" if shown.holds else "does not hold"),
+                        "seconds": round(seconds, 1), "result": shown.verdict})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html_page(sections, summary), encoding="utf-8")

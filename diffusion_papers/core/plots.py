@@ -20,8 +20,15 @@ from .checks import check_tensor, require
 
 # %% ../../nbs/core/12_plots.ipynb #0a3b641d
 METHODS = {  # method -> (colour, marker)
-    "GENIE": ("#D55E00", "o"), "Taylor": ("#E69F00", "P"), "DDIM": ("#0072B2", "s"), "Heun": ("#009E73", "^"), "S-PNDM": ("#CC79A7", "D"),
-    "DPM-Solver++": ("#56B4E9", "v"), "Adams-Bashforth": ("#8C6BB1", "X"), "midpoint": ("#A6761D", "<"), "reference": ("#888888", "*"),
+    "GENIE": ("#D55E00", "o"),
+    "Taylor": ("#E69F00", "P"),
+    "DDIM": ("#0072B2", "s"),
+    "Heun": ("#009E73", "^"),
+    "S-PNDM": ("#CC79A7", "D"),
+    "DPM-Solver++": ("#56B4E9", "v"),
+    "Adams-Bashforth": ("#8C6BB1", "X"),
+    "midpoint": ("#A6761D", "<"),
+    "reference": ("#888888", "*"),
 }
 
 
@@ -39,7 +46,8 @@ def to_pixels(
 ) -> np.ndarray:           # (B, H, W, 3), uint8
     "Images as 8-bit colour."
     check_tensor(images, "images", ndim=4)
-    if images.shape[1] not in (1, 3): raise ValueError(f"images: expected 1 or 3 channels, got shape {tuple(images.shape)}")
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images: expected 1 or 3 channels, got shape {tuple(images.shape)}")
     pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
@@ -95,7 +103,8 @@ def plot_curves(
         look = style(method)
         ax.plot(xs, np.median(ys, 0), label=method, markersize=5, **look)
         if len(ys) > 1: ax.fill_between(xs, ys.min(0), ys.max(0), color=look["color"], alpha=0.18, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title,
+           xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
     xs = next(iter(curves.values()))[0]  # the first method's budgets are the ticks
     if len(xs) <= 8:
         ax.set_xticks(xs, [f"{x:g}" for x in xs]); ax.minorticks_off()
@@ -111,6 +120,45 @@ def _rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def _drawn(draw, values):
+    "Traces and title, whichever form the drawing function returns."
+    drawn = draw(**values)
+    traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
+    return _rounded(traces), title
+
+
+def _label(values):
+    "A combination of values in words."
+    words = {True: "yes", False: "no"}
+    return ", ".join(f"{name.strip('_').replace('_', ' ')}: {words[value] if isinstance(value, bool) else value}"
+                     for name, value in values.items())
+
+
+def _flat(trace, prefix=""):
+    'A trace with dotted names: {"line": {"color": "red"}} becomes {"line.color": "red"}.'
+    flat = {}
+    for key, value in trace.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+# %% ../../nbs/core/12_plots.ipynb #b93d1f44
+def _slider(name, positions, frames, active):
+    "A plotly slider that jumps to one frame at each position."
+    jump = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    steps = [{"label": f"{position:g}" if isinstance(position, float) else str(position),
+              "method": "animate", "args": [[frame["name"]], jump]} for position, frame in zip(positions, frames)]
+    return {"steps": steps, "active": active, "currentvalue": {"prefix": name.replace("_", " ") + ": "}, "pad": {"t": 30}}
+
+
+def _button(label, frame, slider):
+    "A plotly menu entry that shows a frame, and brings the slider of its combination."
+    traces = [_flat(trace) for trace in frame["data"]]
+    names = sorted(set().union(*traces) - {"type"})
+    return {"label": label, "method": "update",
+            "args": [{name: [trace.get(name) for trace in traces] for name in names},
+                     {"sliders": [slider], "title.text": frame["layout"]["title"]["text"]}, frame["traces"]]}
+
+
 def frames_figure(
     draw: Callable,   # (**values) -> list of plotly traces (dictionaries), or (traces, title)
     controls: dict,   # argument of `draw` -> list of its values; the first becomes the slider
@@ -118,41 +166,38 @@ def frames_figure(
     start: dict,      # argument -> the value to begin with
     background: list, # traces that stay the same, drawn below
 ) -> dict:            # a plotly figure as plain data
-    "A plotly figure with a frame for each combination of values."
-    (slider, positions), others = next(iter(controls.items())), dict(itertools.islice(controls.items(), 1, None))
-    combinations = [dict(zip(others, values)) for values in itertools.product(*others.values())]
-    named = lambda settings: ", ".join(f"{name} {value}" if not isinstance(value, bool) else f"{name if value else 'no ' + name}" for name, value in settings.items())
-    frames, first, sliders, background = [], None, [], _rounded(background)
+    "A plotly figure with a frame for each combination of values: a slider, and a menu where there is more than one control."
+    (name, positions), *others = controls.items()
+    combinations = [dict(zip(dict(others), values)) for values in itertools.product(*dict(others).values())]
+    active, background = list(positions).index(start[name]), _rounded(background)
+    rows = []  # the frames of each combination
     for combination in combinations:
-        steps = []
+        rows.append([])
         for position in positions:
-            drawn = draw(**{slider: position}, **combination)
-            traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
-            frame = {"name": json.dumps([position, combination], default=str), "data": _rounded(traces), "layout": {"title": {"text": title}},
-                     "traces": list(range(len(background), len(background) + len(traces)))}
-            frames.append(frame)
-            steps.append({"label": f"{position:g}" if isinstance(position, float) else str(position), "method": "animate",
-                          "args": [[frame["name"]], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}]})
-            if position == start[slider] and all(start[name] == value for name, value in combination.items()): first = frame
-        sliders.append({"steps": steps, "active": list(positions).index(start[slider]), "currentvalue": {"prefix": f"{slider.replace('_', ' ')}: "}, "pad": {"t": 30}})
-    begin = next(i for i, c in enumerate(combinations) if all(start[name] == value for name, value in c.items()))
-    layout = {"template": "plotly_white", **layout, "title": {"text": first["layout"]["title"]["text"], "font": {"size": 14}}, "sliders": [sliders[begin]]}
-    if others:  # choosing a combination swaps the slider for that of its frames, and shows the frame at the slider's start
-        show = lambda i: frames[i * len(positions) + sliders[i]["active"]]
-        restyle = lambda i: {key: [trace.get(key) for trace in show(i)["data"]] for key in sorted({key for trace in show(i)["data"] for key in trace} - {"type"})}
-        buttons = [{"label": named(c), "method": "update", "args": [restyle(i), {"sliders": [sliders[i]], "title.text": show(i)["layout"]["title"]["text"]}, show(i)["traces"]]} for i, c in enumerate(combinations)]
-        layout["updatemenus"] = [{"buttons": buttons, "active": begin, "x": 0, "xanchor": "left", "y": 1.18, "yanchor": "top", "showactive": True}]
-    return {"data": background + first["data"], "layout": layout, "frames": frames}
+            traces, title = _drawn(draw, {name: position} | combination)
+            rows[-1].append({"name": f"{len(rows)}, {position}", "data": traces, "layout": {"title": {"text": title}},
+                             "traces": list(range(len(background), len(background) + len(traces)))})
+    sliders = [_slider(name, positions, row, active) for row in rows]
+    begin = combinations.index({other: start[other] for other, _ in others})
+    first = rows[begin][active]
+    layout = {"template": "plotly_white", **layout, "sliders": [sliders[begin]],
+              "title": {"text": first["layout"]["title"]["text"], "font": {"size": 14}, "x": 0.02, "y": 0.98, "yanchor": "top"}}
+    if others:
+        buttons = [_button(_label(c), row[active], slider) for c, row, slider in zip(combinations, rows, sliders)]
+        layout["updatemenus"] = [{"buttons": buttons, "active": begin, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}]
+        layout["margin"] = {**layout.get("margin", {}), "t": 110}
+    return {"data": background + first["data"], "layout": layout, "frames": sum(rows, [])}
 
 # %% ../../nbs/core/12_plots.ipynb #e7c18a25
 def _controls(controls, start):
     "One ipywidgets control for each argument."
     widgets = require("ipywidgets", "plots")
     def control(name, values):
-        label = name.replace("_", " ")
+        label = name.strip("_").replace("_", " ")
         if set(values) == {False, True}: return widgets.Checkbox(value=start[name], description=label)
         numbers = all(isinstance(value, (int, float)) for value in values)
-        return (widgets.SelectionSlider if numbers else widgets.Dropdown)(options=values, value=start[name], description=label)
+        return (widgets.SelectionSlider if numbers else widgets.Dropdown)(
+            options=values, value=start[name], description=label)
     return {name: control(name, values) for name, values in controls.items()}
 
 
@@ -164,21 +209,24 @@ def explore(
     background: list=(),      # traces that stay the same, drawn below
 ):
     "Display a picture with controls: ipywidgets in a live kernel, a plotly figure with frames elsewhere."
-    display, widgets, go = require("IPython.display", "plots"), require("ipywidgets", "plots"), require("plotly.graph_objects", "plots")
+    display, widgets = require("IPython.display", "plots"), require("ipywidgets", "plots")
+    figure = require("plotly.graph_objects", "plots").Figure
     start = {name: values[0] for name, values in controls.items()} | (start or {})
-    layout = {"width": 640, "height": 480, "margin": {"l": 50, "r": 20, "t": 70, "b": 40}} | (layout or {})
-    still = frames_figure(draw, controls, layout, start, list(background))
+    layout = {"width": 640, "height": 480, "margin": {"l": 50, "r": 20, "t": 60, "b": 40}} | (layout or {})
+    mimetype = "application/vnd.plotly.v1+json"
+    as_data = lambda content: {mimetype: json.loads(figure(content).to_json())}
 
     live, picture = _controls(controls, start), widgets.Output()
     def redraw(_=None):
-        drawn = draw(**{name: control.value for name, control in live.items()})
-        traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
-        figure = go.Figure({"data": _rounded([*background, *traces]), "layout": {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}})
-        picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}},)
+        traces, title = _drawn(draw, {name: control.value for name, control in live.items()})
+        titled = {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}
+        content = as_data({"data": _rounded(background) + traces, "layout": titled})
+        picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": content},)
     for control in live.values(): control.observe(redraw, "value")
     redraw()
     box = widgets.VBox([widgets.HBox(list(live.values())), picture])
-    display.display({"application/vnd.plotly.v1+json": json.loads(go.Figure(still).to_json()), **box._repr_mimebundle_()}, raw=True)
+    still = as_data(frames_figure(draw, controls, layout, start, list(background)))
+    display.display({**still, **box._repr_mimebundle_()}, raw=True)
 
 # %% ../../nbs/core/12_plots.ipynb #465f72ef
 def data_uri(

@@ -109,7 +109,8 @@ class CosineVP(VariancePreserving):
     def time_at(self, noise_to_signal):
         "cos(angle) = cos(angle(0)) / sqrt(1 + sigma^2), solved through atan2, which keeps all digits near t = 0."
         cosine = math.cos(self._angle(0.0))
-        sine = torch.sqrt(noise_to_signal**2 + math.sin(self._angle(0.0)) ** 2)  # times sqrt(1 + sigma^2), like the cosine
+        # times sqrt(1 + sigma^2), like the cosine
+        sine = torch.sqrt(noise_to_signal**2 + math.sin(self._angle(0.0)) ** 2)
         return torch.atan2(sine, torch.full_like(sine, cosine)) * (2 / math.pi) * (1 + self.offset) - self.offset
 
 # %% ../../nbs/core/03_processes.ipynb #b0177a1b
@@ -121,7 +122,8 @@ class DiscreteVP(VariancePreserving):
         betas: torch.Tensor,  # variance added in each step, in (0, 1) (K,)
     ):
         check_tensor(betas, "betas", ndim=1)
-        if not ((betas > 0) & (betas < 1)).all(): raise ValueError(f"betas: expected values in (0, 1), got [{betas.min():.4g}, {betas.max():.4g}]")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas: expected values in (0, 1), got [{betas.min():.4g}, {betas.max():.4g}]")
         log_alpha_bar = torch.log1p(-betas.double()).cumsum(0)
         self.log_levels = 0.5 * torch.log(torch.expm1(-log_alpha_bar))  # ln(sigma / alpha) at each step
         self.start = float(len(betas) - 1)

@@ -23,9 +23,11 @@ def papers() -> dict[str, str]:  # name of the paper's module -> its one-line de
     "The papers of this package, by the names that the command line takes."
     package = Path(importlib.util.find_spec("diffusion_papers").origin).parent
     found = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.ispkg and not m.name.startswith("_")):
+    for module in sorted(m.name for m in pkgutil.iter_modules([str(package)])
+                         if not m.ispkg and not m.name.startswith("_")):
         source = (package / f"{module}.py").read_text(encoding="utf-8")
-        if re.search(r"^CONFIGS\b", source, re.MULTILINE): found[module] = re.match(r'"""(.*?)"""', source, re.DOTALL)[1].strip()
+        if re.search(r"^CONFIGS\b", source, re.MULTILINE):
+            found[module] = re.match(r'"""(.*?)"""', source, re.DOTALL)[1].strip()
     return found
 
 

@@ -61,7 +61,8 @@ def log_grid(
 ) -> torch.Tensor:          # N + 1 decreasing levels, float64
     "Levels with equal steps of the log signal-to-noise ratio."
     check_range(steps, "steps", 1)
-    if not 0 < sigma_min < sigma_max: raise ValueError(f"sigma_min: expected a level in (0, {sigma_max}), got {sigma_min}")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min: expected a level in (0, {sigma_max}), got {sigma_min}")
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), steps + 1, dtype=torch.float64)
 
 # %% ../../nbs/core/06_samplers.ipynb #029b8773
@@ -75,8 +76,9 @@ def check_sigmas(
     check_tensor(sigmas, "sigmas", ndim=1)
     step = sigmas.diff()
     if len(step) == 0 or not ((step < 0).all() or (step > 0).all()) or sigmas.min() < 0 or sigmas[0] == 0:
-        raise ValueError(f"sigmas: expected at least two noise levels that strictly fall (to sample) or rise (to encode), "
-                         f"above 0 but for the last, got {sigmas.tolist() if len(sigmas) < 10 else tuple(sigmas.shape)}")
+        raise ValueError("sigmas: expected at least two noise levels that strictly fall (to sample) "
+                         "or rise (to encode), above 0 but for the last, "
+                         f"got {sigmas.tolist() if len(sigmas) < 10 else tuple(sigmas.shape)}")
     return sigmas.double()
 
 
@@ -92,7 +94,8 @@ def guarded(
         answer = function(x, sigma.to(x.device).repeat(len(x)))
         first = answer[0] if isinstance(answer, tuple) else answer
         if not torch.isfinite(first.sum()):
-            raise FloatingPointError(f"{solver}: call {calls} of the model, at noise level {sigma.item():.6g}, returned a value that is not finite")
+            raise FloatingPointError(f"{solver}: call {calls} of the model, at noise level {sigma.item():.6g}, "
+                                     "returned a value that is not finite")
         return answer
     return call
 
@@ -104,7 +107,8 @@ def sampler(function):
     def checked(denoise, x, sigmas, *, noise=None, callback=None, **options):
         check_tensor(x, "x")
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return function(guarded(denoise, function.__name__), x, check_sigmas(sigmas), noise=noise, callback=callback or (lambda *_: None), **options)
+        return function(guarded(denoise, function.__name__), x, check_sigmas(sigmas),
+                        noise=noise, callback=callback or (lambda *_: None), **options)
     SAMPLERS[function.__name__] = checked
     return checked
 
@@ -282,7 +286,9 @@ def check_noise(
     solver: str,  # the solver's name, for the message
 ):
     "Require a source of noise (`TypeError`)."
-    if not callable(noise): raise TypeError(f"noise: {solver} draws noise; pass a function of x, for instance white(generator), got {noise!r}")
+    if not callable(noise):
+        raise TypeError(f"noise: {solver} draws noise; pass a function of x, for instance white(generator), "
+                        f"got {noise!r}")
 
 # %% ../../nbs/core/06_samplers.ipynb #f378df18
 @sampler
@@ -408,6 +414,7 @@ def convergence_order(
     errors,   # the errors at these numbers (N,)
 ) -> float:   # minus the slope of the straight line through (ln count, ln error)
     "The observed order of convergence, by least squares."
-    counts, errors = torch.as_tensor(counts, dtype=torch.float64).log(), torch.as_tensor(errors, dtype=torch.float64).log()
+    counts, errors = (torch.as_tensor(counts, dtype=torch.float64).log(),
+                      torch.as_tensor(errors, dtype=torch.float64).log())
     counts, errors = counts - counts.mean(), errors - errors.mean()
     return -(counts @ errors / (counts @ counts)).item()

@@ -31,8 +31,10 @@ def try_configuration(
         model = module.train(module.one_step(config, 1), folder, device=device)
         module.train(module.one_step(config, 2), folder, resume=True, device=device)
     on_gpu = torch.cuda.is_available() and device != "cpu"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"preset": preset, "parameters": sum(p.numel() for p in model.parameters()), "seconds": round(time.perf_counter() - began, 1), "peak GiB": round(peak, 2)}
+    peak = (torch.cuda.max_memory_allocated() / 2**30 if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return {"preset": preset, "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": round(time.perf_counter() - began, 1), "peak GiB": round(peak, 2)}
 
 # %% ../../nbs/core/16_scale.ipynb #d643f0c6
 def scale_table(
@@ -42,9 +44,11 @@ def scale_table(
     "Try every configuration of a paper."
     rows = []
     for preset in paper(slug).CONFIGS:
-        program = f"import json; from diffusion_papers.core.scale import try_configuration; print(json.dumps(try_configuration({slug!r}, {preset!r}, {device!r})))"
+        program = ("import json; from diffusion_papers.core.scale import try_configuration; "
+                   f"print(json.dumps(try_configuration({slug!r}, {preset!r}, {device!r})))")
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["killed"]
         rows.append(json.loads(last[0]) if done.returncode == 0 else {"preset": preset, "error": last[0]})
-    write_json(data_folder() / "benchmarks" / f"{slug}_scale_{device or 'auto'}.json", {"command": f"make scale PAPER={slug}", "machine": machine(), "rows": rows})
+    write_json(data_folder() / "benchmarks" / f"{slug}_scale_{device or 'auto'}.json",
+               {"command": f"make scale PAPER={slug}", "machine": machine(), "rows": rows})
     return rows

@@ -43,8 +43,11 @@ class TrainingConfig(Config):
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"): check_range(getattr(self, name), name, 1)
-        check_range(self.ema, "ema", 0.0, 1 - 1e-9); check_range(self.lr, "lr", 0.0); check_range(self.warmup, "warmup", 0)
-        check_choice(self.decay, "decay", ("constant", "linear", "cosine")); check_choice(self.precision, "precision", ("no", "bf16", "fp16"))
+        check_range(self.ema, "ema", 0.0, 1 - 1e-9)
+        check_range(self.lr, "lr", 0.0)
+        check_range(self.warmup, "warmup", 0)
+        check_choice(self.decay, "decay", ("constant", "linear", "cosine"))
+        check_choice(self.precision, "precision", ("no", "bf16", "fp16"))
 
 # %% ../../nbs/core/10_training.ipynb #e8848e01
 def lr_factor(
@@ -93,7 +96,8 @@ class Batches:
                 place = step * self.config.batch_size + piece * share + torch.arange(share)
                 epochs = (place // self.size).unique().tolist()
                 orders = {epoch: orders[epoch] if epoch in orders else self.order(epoch) for epoch in epochs}
-                yield torch.cat([orders[epoch][place[place // self.size == epoch] % self.size] for epoch in epochs]).tolist()
+                yield torch.cat([orders[epoch][place[place // self.size == epoch] % self.size]
+                                 for epoch in epochs]).tolist()
 
 # %% ../../nbs/core/10_training.ipynb #7c0e6519
 class Draws:
@@ -108,7 +112,8 @@ class Draws:
         self.generator, self.pieces, self.piece = generator, pieces, piece
 
     def _part(self, draw, like, shape):
-        whole = draw((len(like) * self.pieces, *shape), generator=self.generator, dtype=like.dtype, device=self.generator.device)
+        whole = draw((len(like) * self.pieces, *shape), generator=self.generator,
+                     dtype=like.dtype, device=self.generator.device)
         return whole[self.piece * len(like):][:len(like)].to(like.device)
 
     def normal(
@@ -148,9 +153,11 @@ def save_run(
     step: int,                         # steps taken
 ):
     "Write all that the next step depends on, atomically."
-    moments = {f"optimizer.{index}.{name}": value for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+    moments = {f"optimizer.{index}.{name}": value
+               for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
     named = lambda prefix, module: {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    save_checkpoint(path, named("model", model) | named("average", average) | moments, {"kind": "training run", "step": step, "config": config.to_dict()})
+    save_checkpoint(path, named("model", model) | named("average", average) | moments,
+                    {"kind": "training run", "step": step, "config": config.to_dict()})
 
 
 def load_run(
@@ -162,12 +169,14 @@ def load_run(
 ) -> int:                              # steps taken
     "Restore a run; nothing is changed unless all of it fits (`CheckpointError`)."
     tensors, about = load_checkpoint(path)
-    if about.get("kind") != "training run": raise CheckpointError(f"{path}: expected a training run, got {about.get('kind', 'something else')}")
+    if about.get("kind") != "training run":
+        raise CheckpointError(f"{path}: expected a training run, got {about.get('kind', 'something else')}")
     free = ("steps", "checkpoint_every")
     changed = [f"{name} was {about['config'].get(name)!r} and is {value!r}" for name, value in config.to_dict().items()
                if name not in free and type(config).from_dict(about["config"]).to_dict()[name] != value]
     if changed: raise CheckpointError(f"{path}: the run has another configuration: {', '.join(changed)}")
-    under = lambda prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    under = lambda prefix: {name.removeprefix(prefix): value
+                            for name, value in tensors.items() if name.startswith(prefix)}
     load_into(average, under("average."), f"{path.name}, average")
     load_into(model, under("model."), f"{path.name}, model")
     state = {}
@@ -190,7 +199,8 @@ def start_accelerator(
 ):                            # accelerate's Accelerator
     "The processes and devices of this run (`RuntimeError` where there is no GPU)."
     check_choice(device, "device", (None, "cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available(): raise RuntimeError("device: 'cuda' was asked for, and PyTorch finds no GPU here; use 'cpu'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device: 'cuda' was asked for, and PyTorch finds no GPU here; use 'cpu'")
     return require("accelerate", "train").Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 
@@ -215,15 +225,19 @@ def fit(
     "Train a model. Killed at any moment and resumed, it ends with the same bits."
     accelerator = start_accelerator(device, config.precision)
     pieces = accelerator.num_processes * config.accumulate
-    if config.batch_size % pieces: raise ValueError(f"batch_size: expected a multiple of {pieces} (processes times accumulate), got {config.batch_size}")
+    if config.batch_size % pieces:
+        raise ValueError(f"batch_size: expected a multiple of {pieces} (processes times accumulate), "
+                         f"got {config.batch_size}")
     mine = range(accelerator.process_index * config.accumulate, (accelerator.process_index + 1) * config.accumulate)
 
     model.to(accelerator.device).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=config.lr, weight_decay=config.weight_decay)
     path, first = Path(folder) / "run.safetensors" if folder else None, 0
     if path and path.is_file():
-        if not resume: raise ValueError(f"folder: {path.parent} holds a run already; resume it, or choose another folder")
+        if not resume:
+            raise ValueError(f"folder: {path.parent} holds a run already; resume it, or choose another folder")
         first = load_run(path, model, average, optimizer, config)
 
     objective, optimizer = accelerator.prepare(Objective(model, loss), optimizer)
@@ -231,15 +245,18 @@ def fit(
                              collate_fn=collate, pin_memory=accelerator.device.type == "cuda"))
     report_every = max(1, config.steps // 100)
     total, counted = torch.zeros((), device=accelerator.device), 0
-    bar = require("tqdm", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title, **({} if accelerator.is_main_process else {"disable": True}))
+    bar = require("tqdm", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title,
+                                        **({} if accelerator.is_main_process else {"disable": True}))
     with bar, torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         for step in range(first, config.steps):
             for group in optimizer.param_groups: group["lr"] = config.lr * lr_factor(config, step)
             for piece in mine:
                 torch.manual_seed(step_seed(config.seed, 1, step, piece))  # dropout
-                draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)), pieces, piece)
+                draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)),
+                              pieces, piece)
                 batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(loader).items()}
-                with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):  # processes talk once a step
+                # processes talk once a step
+                with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):
                     value = objective(batch, draws) / config.accumulate
                     accelerator.backward(value)
                 total += value.detach()
@@ -249,12 +266,15 @@ def fit(
             counted += 1; bar.update()
             if (step + 1) % report_every and (step + 1) % config.checkpoint_every and step + 1 < config.steps: continue
             mean = accelerator.reduce(total, "mean").item() / counted
-            if not math.isfinite(mean): raise FloatingPointError(f"the loss is {mean} between steps {step + 2 - counted} and {step + 1}; the last checkpoint, if any, is untouched")
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} between steps {step + 2 - counted} and {step + 1}; "
+                                         "the last checkpoint, if any, is untouched")
             rate = (bar.format_dict["rate"] or 0) * config.batch_size
             bar.set_postfix_str(f"loss {mean:.4g}, {rate:,.0f} samples/s")
             if callback: callback(step + 1, mean)
             total.zero_(); counted = 0
-            if path and accelerator.is_main_process and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            if (path and accelerator.is_main_process
+                    and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)):
                 save_run(path, model, average, optimizer, config, step + 1)
     accelerator.wait_for_everyone()
     return average

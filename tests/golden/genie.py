@@ -1,16 +1,25 @@
 """GENIE's golden cases, recomputed through the public API. `compute(case, arrays)` returns every output under its own key."""
+import math
 import re
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_papers import genie
 from diffusion_papers.core.analytic import gaussian_denoiser, gaussian_flow, mixture_denoiser
+from diffusion_papers.core.denoisers import Denoiser, per_sample
+from diffusion_papers.core.networks import UNet, authors_keys, unet_config
 from diffusion_papers.core.processes import LinearVP
 from diffusion_papers.core.samplers import SAMPLERS, Counted, exact_slope, sigma_grid
 
-TOLERANCES = {"schedule": dict(rtol=1e-9, atol=0), "gaussian_samplers": dict(rtol=1e-8, atol=1e-12), "gmm": dict(rtol=1e-7, atol=1e-12)}
+TOLERANCES = {"schedule": dict(rtol=1e-9, atol=0),
+              "gaussian_samplers": dict(rtol=1e-8, atol=1e-12),
+              "gmm": dict(rtol=1e-7, atol=1e-12)}
+FAMILY = {"ncsnpp": "ddpmpp", "ddpm": "ddpm", "openai": "adm"}
 PROCESS = LinearVP()
-OTHER_SAMPLERS = {"euler": "euler", "heun": "heun", "dpm_2": "midpoint", "dpmpp_2m": "dpm_solver_pp", "lms": "adams_bashforth"}
+OTHER_SAMPLERS = {"euler": "euler", "heun": "heun", "dpm_2": "midpoint",
+                  "dpmpp_2m": "dpm_solver_pp", "lms": "adams_bashforth"}
 
 
 def tensors(arrays, *names):
@@ -22,7 +31,8 @@ def run(key, denoise, x_T):
     found = re.fullmatch(r"(ddim|ttm2)_n(\d+)_q(\d)_afs(\d)(?:_den(\d))?", key)
     solver = {"ddim": "ddim", "ttm2": "taylor"}[found[1]]
     model = Counted(exact_slope(denoise) if solver == "taylor" else denoise)
-    samples = genie.integrate(solver, model, x_T, PROCESS, int(found[2]), exponent=1.0 + int(found[3]), first_step=found[4] == "1", denoise=found[5] == "1")
+    samples = genie.integrate(solver, model, x_T, PROCESS, int(found[2]), exponent=1.0 + int(found[3]),
+                              first_step=found[4] == "1", denoise=found[5] == "1")
     return samples.numpy(), model.calls
 
 
@@ -37,7 +47,8 @@ def gaussian_samplers(arrays):
     x_T, mu, s = tensors(arrays, "x_T", "mu", "s")
     s = s.item()
     first, last = sigma_grid(PROCESS, 1)
-    answers = {"exact": (gaussian_flow(x_T / PROCESS.alpha_at(first), first, last, mu, s) * PROCESS.alpha_at(last)).numpy()}
+    answers = {"exact": (gaussian_flow(x_T / PROCESS.alpha_at(first), first, last, mu, s)
+                         * PROCESS.alpha_at(last)).numpy()}
     for key in arrays:
         if key.startswith(("ddim", "ttm2")) and not key.endswith("_nfe"):
             answers[key], calls = run(key, gaussian_denoiser(mu, s), x_T)
@@ -54,10 +65,63 @@ def gmm(arrays):
         if key.startswith(("ddim", "ttm2")): answers[key], _ = run(key, denoise, x_T)
         if found := re.fullmatch(r"kd_(\w+)_n(\d+)_q(\d)", key):
             sigmas = sigma_grid(PROCESS, int(found[2]), 1.0 + int(found[3]))
-            answers[key] = (SAMPLERS[OTHER_SAMPLERS[found[1]]](denoise, x_T / PROCESS.alpha_at(sigmas[0]), sigmas) * PROCESS.alpha_at(sigmas[-1])).numpy()
+            answers[key] = (SAMPLERS[OTHER_SAMPLERS[found[1]]](denoise, x_T / PROCESS.alpha_at(sigmas[0]), sigmas)
+                            * PROCESS.alpha_at(sigmas[-1])).numpy()
     return answers
+
+
+def filled(position, name, shape):
+    "The weights of the reference networks: a rule instead of a file."
+    numbers = np.arange(math.prod(shape), dtype=np.float64)
+    wave = np.cos(1.3 * numbers * (1 + 0.01 * position) + 0.7 * position)
+    if len(shape) >= 2: wave *= math.sqrt(2 / (len(numbers) / shape[0]))
+    elif name.endswith("weight"): wave = 1 + 0.1 * wave
+    else: wave *= 2.0 if name.endswith(".W") else 0.1
+    return torch.from_numpy(wave.reshape(shape)).float()
+
+
+def network_of(kind, config, keys):
+    "A reduced backbone of one family with the reference weights."
+    family, size = FAMILY[kind], config["image_size"]
+    resolutions = [size // r if family == "adm" else r for r in config["attn_resolutions"]]  # ADM lists factors
+    width = keys[{"ddpmpp": "all_modules.2.weight", "ddpm": "conv_in.weight", "adm": "input_blocks.0.0.weight"}[family]][0]
+    heads = {"head_width": config["num_head_channels"]} if "num_head_channels" in config else {}
+    network = UNet(unet_config(family, image_size=size, width=width, multipliers=tuple(config["ch_mult"]), blocks=config["num_res_blocks"],
+                               attention=tuple(resolutions), classes=config.get("num_classes") or 0, **heads))
+    ours = {theirs: mine for mine, theirs in authors_keys(network, family)}
+    network.load_state_dict({ours[name]: filled(position, name, shape) for position, (name, shape) in enumerate(keys.items())})
+    return network.eval()
+
+
+def backbone(kind, arrays):
+    network = network_of(kind, arrays["_config"], arrays["_keys"])
+    x, t = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["t"])
+    with torch.no_grad(): output, features, embedding = network.with_features(x, t)
+    answers = {"eps": output, "xemb": features, "temb": embedding}
+    network, x, t = network.double(), x.double(), t.double()
+    gamma = PROCESS.noise_to_signal(t)
+    _, dt_dgamma = torch.func.jvp(PROCESS.time_at, (gamma,), (torch.ones_like(gamma),))
+    alpha = per_sample(PROCESS.alpha(t), x)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernel has no forward-mode derivative
+        slope = exact_slope(Denoiser(network, PROCESS, "eps"))(x / alpha, gamma)
+        answers["deps_dgamma"] = slope[1]
+        answers["eps_if_v_model"] = exact_slope(Denoiser(network, PROCESS, "v"), order=1)(x / alpha, gamma)[0]
+        level = per_sample(gamma, x)
+        moves = slope[0] / torch.sqrt(1 + level**2) - level / (1 + level**2) * x  # d x_t / d gamma
+        answers["jvp_x"] = torch.func.jvp(lambda x: network(x, t), (x,), (moves,))[1]
+        answers["jvp_t"] = torch.func.jvp(lambda t: network(x, t), (t,), (dt_dgamma,))[1]
+    return {name: value.numpy() for name, value in answers.items()} | {"dt_dgamma": dt_dgamma.numpy()}
 
 
 def compute(case, arrays):
     "Every output of one case, under its own key."
+    if case.startswith("net_"): return backbone(case.removeprefix("net_"), arrays)
     return {"schedule": schedule, "gaussian_samplers": gaussian_samplers, "gmm": gmm}[case](arrays)
+
+
+def compare(case, name, found, expected):
+    "The tolerances of the reference cases."
+    if case.startswith("net_"):
+        if name.startswith(("jvp", "deps")): np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max(), err_msg=name)
+        else: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
+    else: np.testing.assert_allclose(found, expected, err_msg=name, **TOLERANCES[case])
