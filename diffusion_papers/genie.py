@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .core.checkpoints import CheckpointError, load_checkpoint, load_into, pretrained_path, save_checkpoint
+from .core.checkpoints import (CheckpointError, load_checkpoint, load_into, pretrained_path,
+                                               save_checkpoint)
 from .core.checks import check_choice, check_range, check_tensor, require
 from .core.configs import Config
 from .core.data import digits
@@ -31,7 +32,8 @@ from .core.denoisers import Denoiser, denoising_loss, guided, per_sample
 from .core.metrics import frechet_pixels
 from .core.networks import ResidualBlock, ResidualMLP
 from .core.processes import LinearVP, NoiseProcess
-from .core.samplers import adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint, s_pndm, sigma_grid, taylor
+from .core.samplers import (adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint,
+                                            s_pndm, sigma_grid, taylor)
 from .core.training import TrainingConfig, fit, step_seed
 
 # %% ../nbs/papers/01_genie.ipynb #4eb41a81
@@ -50,7 +52,8 @@ def mix(
     scaled = lambda weight, part: weight.to(part.dtype) * part
     if mixing == "leading": return scaled(-1 / gamma, first)
     check_choice(mixing, "mixing", MIXINGS)
-    return scaled(-1 / gamma, first) + scaled(gamma / (1 + gamma**2), second) + scaled(1 / (gamma * (1 + gamma**2)), third)
+    return (scaled(-1 / gamma, first) + scaled(gamma / (1 + gamma**2), second)
+            + scaled(1 / (gamma * (1 + gamma**2)), third))
 
 # %% ../nbs/papers/01_genie.ipynb #59f57f4d
 class VectorHead(nn.Module):
@@ -78,7 +81,8 @@ class VectorHead(nn.Module):
         embedding: torch.Tensor,  # its embedding of the noise level (B, width)
     ) -> tuple:                   # k1, k2, k3, each (B, *shape)
         if features.shape[-1] != self.feature_norm.normalized_shape[0]:
-            raise ValueError(f"features: this head was built for a network of width {self.feature_norm.normalized_shape[0]}, got {features.shape[-1]}")
+            raise ValueError(f"features: this head was built for a network of width "
+                             f"{self.feature_norm.normalized_shape[0]}, got {features.shape[-1]}")
         hidden = self.input(torch.cat([x_t.flatten(1), eps.flatten(1), self.feature_norm(features)], dim=1))
         for block in self.blocks: hidden = block(hidden, embedding)
         return tuple(part.reshape(x_t.shape) for part in self.output(hidden).chunk(3, dim=1))
@@ -129,7 +133,8 @@ def guided_slope(
     "Guidance of a slope, (1 + w) conditional - w unconditional, term by term (section 3.3)."
     check_range(scale, "scale", 0.0)
     if scale == 0: return conditional
-    return lambda x, sigma: tuple((1 + scale) * c - scale * u for c, u in zip(conditional(x, sigma), unconditional(x, sigma)))
+    return lambda x, sigma: tuple((1 + scale) * c - scale * u
+                                  for c, u in zip(conditional(x, sigma), unconditional(x, sigma)))
 
 # %% ../nbs/papers/01_genie.ipynb #5f36a588
 class Solver(NamedTuple):
@@ -142,9 +147,10 @@ class Solver(NamedTuple):
 
 
 SOLVERS = {
-    "genie": Solver(taylor, 1, derivative="distilled"), "taylor": Solver(taylor, 1, derivative="exact"), "ddim": Solver(euler, 1),
-    "heun": Solver(heun, 2), "midpoint": Solver(midpoint, 2), "adams_bashforth": Solver(adams_bashforth, 1),
-    "s_pndm": Solver(s_pndm, 1, extra=1), "f_pndm": Solver(f_pndm, 1, extra=9, fewest=4), "dpm_solver_pp": Solver(dpm_solver_pp, 1),
+    "genie": Solver(taylor, 1, derivative="distilled"), "taylor": Solver(taylor, 1, derivative="exact"),
+    "ddim": Solver(euler, 1), "heun": Solver(heun, 2), "midpoint": Solver(midpoint, 2),
+    "adams_bashforth": Solver(adams_bashforth, 1), "s_pndm": Solver(s_pndm, 1, extra=1),
+    "f_pndm": Solver(f_pndm, 1, extra=9, fewest=4), "dpm_solver_pp": Solver(dpm_solver_pp, 1),
 }
 
 
@@ -169,7 +175,9 @@ def steps_within(
     "How many steps a budget buys (`ValueError` where it buys none)."
     choice = SOLVERS[check_choice(solver, "solver", SOLVERS)]
     asked = (calls - choice.extra - denoise) // choice.per_step
-    if asked < choice.fewest: raise ValueError(f"calls: {solver} needs at least {choice.fewest * choice.per_step + choice.extra + denoise}, got {calls}")
+    if asked < choice.fewest:
+        raise ValueError(f"calls: {solver} needs at least {choice.fewest * choice.per_step + choice.extra + denoise}, "
+                         f"got {calls}")
     return asked + first_step
 
 # %% ../nbs/papers/01_genie.ipynb #37dab458
@@ -198,7 +206,8 @@ def integrate(
     elif not denoise: warnings.warn("steps: a single step, and it is taken analytically: the model is never asked")
     if denoise:
         last = sigmas[-1].repeat(len(x))
-        with torch.no_grad(): return x - per_sample(last, x) * model(x, last)[0] if choice.derivative else model(x, last)
+        with torch.no_grad():
+            return x - per_sample(last, x) * model(x, last)[0] if choice.derivative else model(x, last)
     return x * process.alpha_at(sigmas[-1]).to(x)
 
 # %% ../nbs/papers/01_genie.ipynb #7e1f3480
@@ -233,8 +242,10 @@ def runge_kutta_45(
     "SciPy's adaptive Dormand-Prince method on the same ODE; the number of calls is its own choice."
     def slope(sigma, state):
         state = torch.from_numpy(state).to(x).reshape(x.shape)
-        return ((state - denoise(state, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device))) / sigma).flatten().double().cpu().numpy()
-    result = require("scipy.integrate", "data").solve_ivp(slope, sigmas.tolist(), x.flatten().double().cpu().numpy(), method="RK45", rtol=tolerance, atol=tolerance)
+        return ((state - denoise(state, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)))
+                / sigma).flatten().double().cpu().numpy()
+    result = require("scipy.integrate", "data").solve_ivp(
+        slope, sigmas.tolist(), x.flatten().double().cpu().numpy(), method="RK45", rtol=tolerance, atol=tolerance)
     return torch.from_numpy(result.y[:, -1]).to(x).reshape(x.shape)
 
 # %% ../nbs/papers/01_genie.ipynb #28a9762e
@@ -314,7 +325,8 @@ class Genie(nn.Module):
         if guidance and class_label is None: raise ValueError("guidance: expected class labels beside it, got none")
         with_class = lambda label: functools.partial(self.denoiser, **({} if label is None else {"class_label": label}))
         if derivative == "distilled":
-            slope = lambda label: distilled_slope(self.denoiser, self.head, **({} if label is None else {"class_label": label}))
+            slope = lambda label: distilled_slope(self.denoiser, self.head,
+                                                  **({} if label is None else {"class_label": label}))
             return guided_slope(slope(class_label), slope(None), guidance) if guidance else slope(class_label)
         denoiser = guided(with_class(class_label), with_class(None), guidance) if guidance else with_class(class_label)
         return exact_slope(denoiser) if derivative == "exact" else denoiser
@@ -327,7 +339,9 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         process, shape = LinearVP(), SHAPES[check_choice(config.data, "data", SHAPES)]
-        denoiser = Denoiser(ResidualMLP(shape, config.width, config.blocks, config.classes, highest=config.highest_frequency), process, config.prediction, label="log_sigma")
+        denoiser = Denoiser(ResidualMLP(shape, config.width, config.blocks, config.classes,
+                                        highest=config.highest_frequency),
+                            process, config.prediction, label="log_sigma")
         head = DerivativeHead(VectorHead(denoiser.network, config.head_blocks), process, config.mixing)
     return Genie(denoiser, head, config).eval()
 
@@ -367,7 +381,8 @@ def head_loss(
     "The head's loss on a batch."
     x0 = batch["x0"]
     sigma = denoiser.process.noise_to_signal(_times(draws, x0))
-    return distillation_loss(denoiser.to(x0.device), head, x0, sigma, draws.normal(x0), config.head_eps, config.weighting, **_classes(config, batch, draws))
+    return distillation_loss(denoiser.to(x0.device), head, x0, sigma, draws.normal(x0),
+                             config.head_eps, config.weighting, **_classes(config, batch, draws))
 
 # %% ../nbs/papers/01_genie.ipynb #5871b6c4
 def load_data(
@@ -383,7 +398,8 @@ def train_network(
 ) -> Denoiser:                      # with averaged weights
     "Train the diffusion model."
     denoiser = build(config).denoiser
-    return fit(denoiser, functools.partial(base_loss, config=config), load_data(config), replace(config.base, seed=config.seed), title="GENIE, network", **options)
+    return fit(denoiser, functools.partial(base_loss, config=config), load_data(config),
+               replace(config.base, seed=config.seed), title="GENIE, network", **options)
 
 
 def train_head(
@@ -394,7 +410,8 @@ def train_head(
     "Distil the head of a diffusion model."
     model = build(config)
     seed = step_seed(config.seed, 1) % 2**31  # other noise than the network's
-    head = fit(model.head, functools.partial(head_loss, config=config, denoiser=denoiser), load_data(config), replace(config.head, seed=seed), title="GENIE, head", **options)
+    head = fit(model.head, functools.partial(head_loss, config=config, denoiser=denoiser), load_data(config),
+               replace(config.head, seed=seed), title="GENIE, head", **options)
     return Genie(denoiser, head, config).eval()
 
 
@@ -405,7 +422,8 @@ def train(
 ) -> Genie:                              # trained, with averaged weights
     "Train a diffusion model, then distil its head; killed and resumed, it ends with the same bits."
     place = lambda name: Path(folder) / name if folder else None
-    return train_head(config, train_network(config, folder=place("network"), **options), folder=place("head"), **options)
+    return train_head(config, train_network(config, folder=place("network"), **options),
+                      folder=place("head"), **options)
 
 # %% ../nbs/papers/01_genie.ipynb #8a6eca40
 def one_step(
@@ -431,7 +449,8 @@ def load_model(
 ) -> Genie:                # in evaluation mode
     "Read a model (`CheckpointError` for any other file)."
     tensors, about = load_checkpoint(path, device)
-    if about.get("kind") != "genie": raise CheckpointError(f"{path}: expected a GENIE model, got {about.get('kind', 'something else')}")
+    if about.get("kind") != "genie":
+        raise CheckpointError(f"{path}: expected a GENIE model, got {about.get('kind', 'something else')}")
     return load_into(build(GenieConfig.from_dict(about["config"])).to(device), tensors, str(path))
 
 
@@ -461,14 +480,17 @@ def sample(
 ) -> torch.Tensor:                         # samples (count, *shape), about [-1, 1]
     "Draw samples with a given number of network calls."
     if x_T is None: x_T = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed))
-    if x_T.shape[1:] != tuple(model.shape): raise ValueError(f"x_T: expected shape (B, {', '.join(map(str, model.shape))}), got {tuple(x_T.shape)}")
+    if x_T.shape[1:] != tuple(model.shape):
+        raise ValueError(f"x_T: expected shape (B, {', '.join(map(str, model.shape))}), got {tuple(x_T.shape)}")
     x_T = x_T.to(model.device)
     if class_label is not None:
         class_label = torch.as_tensor(class_label, device=model.device).long()
         if class_label.ndim == 0: class_label = class_label.expand(len(x_T))
-        if len(class_label) != len(x_T): raise ValueError(f"class_label: expected {len(x_T)} labels, one a sample, got {len(class_label)}")
+        if len(class_label) != len(x_T):
+            raise ValueError(f"class_label: expected {len(x_T)} labels, one a sample, got {len(class_label)}")
     steps = steps_within(solver, calls, first_step, denoise)
-    return integrate(solver, model.walk(solver, class_label, guidance), x_T, model.process, steps, exponent=exponent, first_step=first_step, denoise=denoise, callback=callback)
+    return integrate(solver, model.walk(solver, class_label, guidance), x_T, model.process, steps, exponent=exponent,
+                     first_step=first_step, denoise=denoise, callback=callback)
 
 # %% ../nbs/papers/01_genie.ipynb #ea652265
 @torch.no_grad()
@@ -484,7 +506,8 @@ def encode(
     "From data to noise along the same equation."
     sigmas = sigma_grid(model.process, steps, exponent).flip(0).to(x.device)
     x_bar = x / model.process.alpha_at(sigmas[0]).to(x)
-    return SOLVERS[check_choice(solver, "solver", SOLVERS)].sampler(model.walk(solver, class_label), x_bar, sigmas) * model.process.alpha_at(sigmas[-1]).to(x)
+    return (SOLVERS[check_choice(solver, "solver", SOLVERS)].sampler(model.walk(solver, class_label), x_bar, sigmas)
+            * model.process.alpha_at(sigmas[-1]).to(x))
 
 
 def slerp(
@@ -520,18 +543,20 @@ def head_error(
 ) -> float:               # loss of the head, divided by the loss of a head that says 0
     "Weighted relative error of the head on data, t uniform; 0 is perfect, 1 is DDIM."
     generator = torch.Generator().manual_seed(seed)
-    sigma = model.process.noise_to_signal(1e-3 + (1 - 1e-3) * torch.rand(len(x0), generator=generator, dtype=torch.float64)).to(x0.device)
+    sigma = model.process.noise_to_signal(
+        1e-3 + (1 - 1e-3) * torch.rand(len(x0), generator=generator, dtype=torch.float64)).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     silent = lambda x, sigma, eps, features, embedding: torch.zeros_like(x)
     with torch.no_grad():
-        return (distillation_loss(model.denoiser, model.head, x0, sigma, noise).sum() / distillation_loss(model.denoiser, silent, x0, sigma, noise).sum()).item()
+        return (distillation_loss(model.denoiser, model.head, x0, sigma, noise).sum()
+                / distillation_loss(model.denoiser, silent, x0, sigma, noise).sum()).item()
 
 
 def evaluate(
     model: Genie,                          # the model
     count: int=1000,                       # number of samples
     *,
-    solvers: tuple=("genie", "ddim", "heun", "dpm_solver_pp", "s_pndm", "adams_bashforth", "taylor"),  # names in SOLVERS
+    solvers: tuple=("genie", "ddim", "heun", "dpm_solver_pp", "s_pndm", "adams_bashforth", "taylor"), # names in SOLVERS
     budgets: tuple=(5, 10, 15, 20, 25),    # calls of the network
     exponents: tuple=(2.0,),               # stridings
     first_steps: tuple=(False,),           # with and without the analytical first step
@@ -551,14 +576,17 @@ def evaluate(
             if images.is_cuda: torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         steps = steps_within(solver, budget, first_step)
-        rows.append({"solver": solver, "budget": budget, "calls": calls_for(solver, steps, first_step), "exponent": exponent, "first_step": first_step,
-                     "error": (images - reference).square().mean().sqrt().item(), "frechet": frechet_pixels(images.cpu(), data), "seconds": min(seconds)})
+        rows.append({"solver": solver, "budget": budget, "calls": calls_for(solver, steps, first_step),
+                     "exponent": exponent, "first_step": first_step,
+                     "error": (images - reference).square().mean().sqrt().item(),
+                     "frechet": frechet_pixels(images.cpu(), data), "seconds": min(seconds)})
     return rows
 
 # %% ../nbs/papers/01_genie.ipynb #8a10b3ea
 ABLATIONS = {  # variant -> what it changes
-    "as in the paper": {}, "no mixing": {"mixing": "none"}, "-1/gamma term alone": {"mixing": "leading"}, "no weighting": {"weighting": "one"},
-    "head of one block": {"head_blocks": 1}, "true noise in training": {"head_eps": "true"}, "network predicts eps": {"prediction": "eps"},
+    "as in the paper": {}, "no mixing": {"mixing": "none"}, "-1/gamma term alone": {"mixing": "leading"},
+    "no weighting": {"weighting": "one"}, "head of one block": {"head_blocks": 1},
+    "true noise in training": {"head_eps": "true"}, "network predicts eps": {"prediction": "eps"},
     "rough embedding": {"highest_frequency": 64.0},
 }
 EXPERIMENTS = ([{"study": "claim", "seed": seed} for seed in range(3)] +
@@ -583,7 +611,8 @@ def run_experiment(
     if setting["study"] == "ablation":
         return result | {"rows": evaluate(model, 1000, solvers=("genie", "taylor", "ddim"), budgets=(5, 10, 20))}
     plain = evaluate(model, 1000, exponents=(2.0, 1.0), repeats=3)
-    return result | {"rows": plain + evaluate(model, 1000, solvers=("genie", "taylor", "ddim"), exponents=(2.0, 1.0), first_steps=(True,), repeats=3)}
+    return result | {"rows": plain + evaluate(model, 1000, solvers=("genie", "taylor", "ddim"), exponents=(2.0, 1.0),
+                                              first_steps=(True,), repeats=3)}
 
 # %% ../nbs/papers/01_genie.ipynb #703b9add
 def demonstrate():  # a Demonstration
@@ -595,14 +624,23 @@ def demonstrate():  # a Demonstration
     error = {(row["solver"], row["budget"]): row["error"] for row in rows}
     ratios = {calls: error["genie", calls] / error["ddim", calls] for calls in (5, 10, 20)}
     x_T = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(5))
-    curve = lambda solver: tuple(zip(*[(row["calls"], row["error"]) for row in rows if row["solver"] == solver and row["error"] < 1]))  # Heun's 4 calls are off the scale
+    curve = lambda solver: tuple(zip(*[
+        (row["calls"], row["error"]) for row in rows
+        if row["solver"] == solver and row["error"] < 1]))  # Heun's 4 calls are off the scale
     return Demonstration(
         title="GENIE: higher-order denoising diffusion solvers", holds=max(ratios.values()) < 0.5,
-        claim="At equal numbers of network calls, the distilled second-order solver ends closer to the exact solution than DDIM does. Digits, 1,000 samples; the error is the root mean square distance of a pixel to a fine reference solution.",
-        verdict="error of GENIE / error of DDIM: " + ", ".join(f"{ratio:.2f} at {calls} calls" for calls, ratio in ratios.items()),
-        table=[{"solver": labels[row["solver"]], "calls": row["calls"], "error": row["error"], "Frechet (pixels)": row["frechet"], "milliseconds": 1000 * row["seconds"]} for row in rows],
-        curves={"xlabel": "calls of the network", "ylabel": "error to the reference", "lines": {label: curve(solver) for solver, label in labels.items()}},
-        images={f"{labels[solver]}, 5 calls": sample(model, x_T=x_T, solver=solver, calls=5) for solver in ("ddim", "genie")} | {"where the equation leads": reference_samples(model, x_T)})
+        claim="At equal numbers of network calls, the distilled second-order solver ends closer to the exact "
+              "solution than DDIM does. Digits, 1,000 samples; the error is the root mean square distance of a "
+              "pixel to a fine reference solution.",
+        verdict="error of GENIE / error of DDIM: "
+                + ", ".join(f"{ratio:.2f} at {calls} calls" for calls, ratio in ratios.items()),
+        table=[{"solver": labels[row["solver"]], "calls": row["calls"], "error": row["error"],
+                "Frechet (pixels)": row["frechet"], "milliseconds": 1000 * row["seconds"]} for row in rows],
+        curves={"xlabel": "calls of the network", "ylabel": "error to the reference",
+                "lines": {label: curve(solver) for solver, label in labels.items()}},
+        images={f"{labels[solver]}, 5 calls": sample(model, x_T=x_T, solver=solver, calls=5)
+                for solver in ("ddim", "genie")}
+               | {"where the equation leads": reference_samples(model, x_T)})
 
 # %% ../nbs/papers/01_genie.ipynb #b2fdcdc5
 def benchmark(
@@ -622,7 +660,8 @@ def benchmark(
         scheduler.set_timesteps(20)
         x = x_T
         for t in scheduler.timesteps:
-            level = ((1 - scheduler.alphas_cumprod[t]) / scheduler.alphas_cumprod[t]).sqrt().double().to(device).repeat(256)
+            level = ((1 - scheduler.alphas_cumprod[t])
+                     / scheduler.alphas_cumprod[t]).sqrt().double().to(device).repeat(256)
             x_bar = x * torch.sqrt(1 + level[0] ** 2).to(x)
             x = scheduler.step((x_bar - model.denoiser(x_bar, level)) / level[0].to(x), t, x).prev_sample
 
@@ -635,6 +674,9 @@ def benchmark(
         return min(once() for _ in range(10))
 
     with torch.no_grad():
-        rows = [{"what": "20 bare calls of the network", "seconds": fastest(bare)}, {"what": "DDIM of diffusers", "seconds": fastest(peer)}]
-        rows += [{"what": f"{solver}, 20 calls", "seconds": fastest(functools.partial(sample, model, x_T=x_T, solver=solver, calls=20))} for solver in ("ddim", "genie", "taylor", "s_pndm", "dpm_solver_pp")]
+        rows = [{"what": "20 bare calls of the network", "seconds": fastest(bare)},
+                {"what": "DDIM of diffusers", "seconds": fastest(peer)}]
+        rows += [{"what": f"{solver}, 20 calls",
+                  "seconds": fastest(functools.partial(sample, model, x_T=x_T, solver=solver, calls=20))}
+                 for solver in ("ddim", "genie", "taylor", "s_pndm", "dpm_solver_pp")]
     return [row | {"ratio to bare calls": row["seconds"] / rows[0]["seconds"]} for row in rows]

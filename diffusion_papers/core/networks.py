@@ -154,15 +154,18 @@ class UNetConfig(Config):
                    "qkv_order": ("parts_first", "heads_first"), "attention_up": ("every", "last")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
         if self.image_size % 2 ** (len(self.multipliers) - 1):
-            raise ValueError(f"image_size: expected a multiple of {2 ** (len(self.multipliers) - 1)}, got {self.image_size}")
+            raise ValueError(f"image_size: expected a multiple of {2 ** (len(self.multipliers) - 1)}, "
+                             f"got {self.image_size}")
 
 # %% ../../nbs/core/07_networks.ipynb #136d9a9b
 FAMILIES = {
+    # DDPM++ (Song et al. 2021)
     "ddpmpp": dict(norm_groups="quarter", rescale=True, skip_projection="resamples", projections="matrices",
-                   attention_up="last", time_scale=999.0),            # DDPM++ (Song et al. 2021)
-    "ddpm": dict(resampling="conv"),                                  # DDPM as used on LSUN (Ho et al. 2020)
-    "adm": dict(embedding="fourier", norm_eps=1e-5, injection="scale_shift", projections="joint",
-                head_width=64),                                       # ADM (Dhariwal and Nichol 2021), noise level by its logarithm
+                   attention_up="last", time_scale=999.0),
+    # DDPM as it is used on LSUN (Ho et al. 2020)
+    "ddpm": dict(resampling="conv"),
+    # ADM (Dhariwal and Nichol 2021), told the logarithm of the noise level
+    "adm": dict(embedding="fourier", norm_eps=1e-5, injection="scale_shift", projections="joint", head_width=64),
 }
 
 
@@ -211,7 +214,8 @@ class ConvBlock(nn.Module):
     ):
         super().__init__()
         self.config, self.resampling = config, resampling
-        conv = lambda c_in, c_out, size, scale=1.0: variance_scaling(nn.Conv2d(c_in, c_out, size, padding=size // 2), scale)
+        conv = lambda c_in, c_out, size, scale=1.0: variance_scaling(
+            nn.Conv2d(c_in, c_out, size, padding=size // 2), scale)
         self.norm_in, self.conv_in = group_norm(channels_in, config), conv(channels_in, channels_out, 3)
         injected = channels_out * (2 if config.injection == "scale_shift" else 1)
         self.embed = variance_scaling(nn.Linear(4 * config.width, injected))
@@ -268,7 +272,8 @@ class Attention(nn.Module):
         "Query, key and value, each (B, heads, pixels, channels of a head)."
         batch, channels, pixels = *x.shape[:2], x[0, 0].numel()
         if self.config.projections != "joint":
-            return (part(x).reshape(batch, self.heads, -1, pixels).transpose(2, 3) for part in (self.query, self.key, self.value))
+            return (part(x).reshape(batch, self.heads, -1, pixels).transpose(2, 3)
+                    for part in (self.query, self.key, self.value))
         qkv = self.qkv(x.flatten(2))
         if self.config.qkv_order == "heads_first": qkv = qkv.reshape(batch, self.heads, 3, -1, pixels).transpose(1, 2)
         return qkv.reshape(batch, 3, self.heads, -1, pixels).transpose(3, 4).unbind(1)
@@ -310,8 +315,9 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, level, augmentation=None):
         if self.config.embedding == "fourier":
-            angles = [2 * math.pi * torch.log(level)[:, None] * self.frequencies]
-            if self.config.augmented: angles.append(2 * math.pi * torch.log(augmentation)[:, None] * self.augmentation_frequencies)
+            angle = lambda value, frequencies: 2 * math.pi * torch.log(value)[:, None] * frequencies
+            angles = [angle(level, self.frequencies)]
+            if self.config.augmented: angles.append(angle(augmentation, self.augmentation_frequencies))
         else:
             half = self.config.width // 2
             falling = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=level.device))
@@ -334,8 +340,9 @@ def _way_down(config):
         width, last = config.width * multiplier, index == len(config.multipliers) - 1
         blocks = [ConvBlock(channels if i == 0 else width, width, config) for i in range(config.blocks)]
         attends = config.image_size >> index in config.attention
-        change = None if last else ConvBlock(width, width, config, "down") if config.resampling == "block" else Downsample(width)
-        levels.append(Level(blocks, [Attention(width, config) for _ in blocks if attends], change))
+        change = ConvBlock(width, width, config, "down") if config.resampling == "block" else Downsample(width)
+        attentions = [Attention(width, config) for _ in blocks if attends]
+        levels.append(Level(blocks, attentions, None if last else change))
         channels, kept = width, kept + [width] * (config.blocks + (not last))
     return levels, kept
 
@@ -350,8 +357,9 @@ def _way_up(config, kept):
             channels = width
         attends = config.image_size >> index in config.attention
         many = len(blocks) if config.attention_up == "every" else 1
-        change = None if index == 0 else ConvBlock(width, width, config, "up") if config.resampling == "block" else Upsample(width)
-        levels.append(Level(blocks, [Attention(width, config) for _ in range(many) if attends], change))
+        change = ConvBlock(width, width, config, "up") if config.resampling == "block" else Upsample(width)
+        attentions = [Attention(width, config) for _ in range(many) if attends]
+        levels.append(Level(blocks, attentions, None if index == 0 else change))
     return levels
 
 # %% ../../nbs/core/07_networks.ipynb #d20f933f
@@ -371,7 +379,8 @@ class UNet(nn.Module):
         down, kept = _way_down(config)
         coarse = config.width * config.multipliers[-1]
         self.down = nn.ModuleList(down)
-        self.middle = nn.ModuleList([ConvBlock(coarse, coarse, config), Attention(coarse, config), ConvBlock(coarse, coarse, config)])
+        self.middle = nn.ModuleList([ConvBlock(coarse, coarse, config), Attention(coarse, config),
+                                     ConvBlock(coarse, coarse, config)])
         self.up = nn.ModuleList(_way_up(config, kept))
         fine = config.width * config.multipliers[0]
         self.output_norm = group_norm(fine, config)
@@ -379,8 +388,8 @@ class UNet(nn.Module):
 
     def run(self, module, *inputs):
         "One module; recomputed in the backward pass where the configuration says so."
-        if self.config.checkpointing and torch.is_grad_enabled(): return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        if not (self.config.checkpointing and torch.is_grad_enabled()): return module(*inputs)
+        return checkpoint(module, *inputs, use_reentrant=False)
 
     def embed(self, label, class_label, augmentation):
         "The embedding of the noise level and the class; None is no class."
@@ -389,7 +398,8 @@ class UNet(nn.Module):
             if class_label is not None: raise ValueError("class_label: this network was built without classes")
             return embedding
         if class_label is None:
-            if not self.config.null_class: raise ValueError(f"class_label: expected 0 to {self.classes - 1} for each sample; this network knows no 'none'")
+            if not self.config.null_class:
+                raise ValueError(f"class_label: expected 0 to {self.classes - 1}; this network knows no 'none'")
             class_label = torch.full(label.shape, self.classes, device=label.device)
         return embedding + self.class_embedding(class_label)
 
@@ -401,7 +411,8 @@ class UNet(nn.Module):
         augmentation: torch.Tensor | None=None,  # noise level of the conditioning image (B,), where `augmented`
     ):                        # output (B, out_channels, H, W), features (B, C, H, W), embedding (B, 4 width)
         "The output together with the features before the last norm, and the embedding."
-        if x.shape[1:] != self.shape: raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         embedding = self.embed(label, class_label, augmentation)
         hidden = self.input(x)
         kept = [hidden]
@@ -429,11 +440,14 @@ class UNet(nn.Module):
 
 # %% ../../nbs/core/07_networks.ipynb #9d738734
 PARTS = {  # family -> our names of a block's and an attention's parts -> the authors'
-    "ddpmpp": ({"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "embed": "Dense_0", "norm_out": "GroupNorm_1", "conv_out": "Conv_1", "skip": "Conv_2"},
+    "ddpmpp": ({"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "embed": "Dense_0", "norm_out": "GroupNorm_1",
+                "conv_out": "Conv_1", "skip": "Conv_2"},
                {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "output": "NIN_3"}),
-    "ddpm": ({"norm_in": "norm1", "conv_in": "conv1", "embed": "temb_proj", "norm_out": "norm2", "conv_out": "conv2", "skip": "nin_shortcut"},
+    "ddpm": ({"norm_in": "norm1", "conv_in": "conv1", "embed": "temb_proj", "norm_out": "norm2", "conv_out": "conv2",
+              "skip": "nin_shortcut"},
              {"norm": "norm", "query": "q", "key": "k", "value": "v", "output": "proj_out"}),
-    "adm": ({"norm_in": "in_layers.0", "conv_in": "in_layers.2", "embed": "emb_layers.1", "norm_out": "out_layers.0", "conv_out": "out_layers.3", "skip": "skip_connection"},
+    "adm": ({"norm_in": "in_layers.0", "conv_in": "in_layers.2", "embed": "emb_layers.1", "norm_out": "out_layers.0",
+             "conv_out": "out_layers.3", "skip": "skip_connection"},
             {"norm": "norm", "qkv": "qkv", "output": "proj_out"}),
 }
 
@@ -445,12 +459,14 @@ def leaves(
     family: str,              # one of FAMILIES
 ) -> list[tuple[str, str]]:   # (our parameter, their parameter)
     "The parameters of one block, attention or plain layer, under both names."
-    parts = PARTS[family][0] if isinstance(module, ConvBlock) else PARTS[family][1] if isinstance(module, Attention) else {"": ""}
-    pairs = []
+    of_block, of_attention = PARTS[family]
+    parts = of_block if isinstance(module, ConvBlock) else of_attention if isinstance(module, Attention) else {"": ""}
+    dotted, pairs = lambda *names: ".".join(filter(None, names)), []
     for ours, theirs in parts.items():
         part = getattr(module, ours) if ours else module
+        if part is None: continue  # a block without a projection on its skip
         named = {"weight": "W", "bias": "b"} if isinstance(part, Matrix) else {"weight": "weight", "bias": "bias"}
-        pairs += [(".".join(filter(None, (name, ours, leaf))), ".".join(filter(None, (their_name, theirs, label))))
+        pairs += [(dotted(name, ours, leaf), dotted(their_name, theirs, label))
                   for leaf, label in named.items() if getattr(part, leaf, None) is not None]
     return pairs
 
@@ -472,14 +488,15 @@ def _places_ddpmpp(network):
 def _places_ddpm(network):
     "(our module, their module) of the LSUN network."
     yield from (("embedding.hidden", "temb.dense.0"), ("embedding.output", "temb.dense.1"), ("input", "conv_in"))
-    up = [(len(network.up) - 1 - number, number) for number in range(len(network.up))]  # ours, theirs
-    for way, order, change in (("down", [(i, i) for i in range(len(network.down))], "downsample"), ("up", up, "upsample")):
-        if way == "up": yield from (("middle.0", "mid.block_1"), ("middle.1", "mid.attn_1"), ("middle.2", "mid.block_2"))
-        for ours, theirs in order:
-            level = getattr(network, way)[ours]
-            yield from ((f"{way}.{ours}.blocks.{i}", f"{way}.{theirs}.block.{i}") for i in range(len(level.blocks)))
-            yield from ((f"{way}.{ours}.attentions.{i}", f"{way}.{theirs}.attn.{i}") for i in range(len(level.attentions)))
-            if level.resampling is not None: yield f"{way}.{ours}.resampling.conv", f"{way}.{theirs}.{change}.conv"
+    levels = range(len(network.down))
+    for way, order, change in (("down", levels, "downsample"), ("up", reversed(levels), "upsample")):
+        if way == "up":
+            yield from (("middle.0", "mid.block_1"), ("middle.1", "mid.attn_1"), ("middle.2", "mid.block_2"))
+        for theirs, ours in enumerate(order):
+            level, mine, other = getattr(network, way)[ours], f"{way}.{ours}", f"{way}.{theirs}"
+            yield from ((f"{mine}.blocks.{i}", f"{other}.block.{i}") for i in range(len(level.blocks)))
+            yield from ((f"{mine}.attentions.{i}", f"{other}.attn.{i}") for i in range(len(level.attentions)))
+            if level.resampling is not None: yield f"{mine}.resampling.conv", f"{other}.{change}.conv"
     yield from (("output_norm", "norm_out"), ("output", "conv_out"))
 
 
@@ -515,7 +532,8 @@ def authors_keys(
 ) -> list[tuple[str, str]]:  # (our parameter, their parameter), in their order
     "The one bridge to released weights."
     check_choice(family, "family", FAMILIES)
-    if family == "ddpmpp": places = [(ours, f"all_modules.{number}") for number, ours in enumerate(_places_ddpmpp(network))]
+    if family == "ddpmpp":
+        places = [(ours, f"all_modules.{number}") for number, ours in enumerate(_places_ddpmpp(network))]
     else: places = list({"ddpm": _places_ddpm, "adm": _places_adm}[family](network))
     frequencies = [("embedding.augmentation_frequencies", "aug_gfp.0.W")] * network.config.augmented
     if family == "adm": frequencies.append(("embedding.frequencies", "time_embed.0.W"))
@@ -523,5 +541,6 @@ def authors_keys(
     pairs = frequencies + [pair for ours, theirs in places for pair in leaves(modules[ours], ours, theirs, family)]
     state = network.state_dict()
     if {ours for ours, _ in pairs} != state.keys():
-        raise ValueError(f"family: {family} does not name {sorted(state.keys() ^ {ours for ours, _ in pairs})[:3]} of this network")
+        unnamed = sorted(state.keys() ^ {ours for ours, _ in pairs})
+        raise ValueError(f"family: {family} has no names for {', '.join(unnamed[:3])} of this network")
     return pairs
