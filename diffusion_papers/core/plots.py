@@ -106,25 +106,27 @@ def plot_curves(
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title,
            xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
     xs = next(iter(curves.values()))[0]  # the first method's budgets are the ticks
-    if len(xs) <= 8:
+    if len(xs) <= 8 and all(float(x).is_integer() for x in xs):
         ax.set_xticks(xs, [f"{x:g}" for x in xs]); ax.minorticks_off()
     ax.grid(alpha=0.3); ax.legend(fontsize=8, frameon=False)
     return ax
 
 # %% ../../nbs/core/12_plots.ipynb #8cdcce70
-def _rounded(value):
-    "Plain data with four significant digits: pictures need no more, and notebooks stay small."
-    if isinstance(value, (torch.Tensor, np.ndarray)): value = value.tolist()
-    if isinstance(value, dict): return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)): return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _compact(trace):
+    "A trace whose coordinates are packed as plotly's base64 arrays: a notebook file spends a line on every plain number."
+    def pack(values):
+        array = np.asarray([np.nan if value is None else value for value in values] if isinstance(values, list) else values)
+        array = array.astype(np.uint8 if array.dtype.kind in "iu" and array.min() >= 0 and array.max() < 256 else np.float32)
+        packed = {"dtype": {"uint8": "u1", "float32": "f4"}[array.dtype.name], "bdata": base64.b64encode(array.tobytes()).decode()}
+        return packed | ({"shape": ", ".join(map(str, array.shape))} if array.ndim > 1 else {})
+    return {key: pack(value) if key in ("x", "y", "z") else value for key, value in trace.items()}
 
 
 def _drawn(draw, values):
     "Traces and title, whichever form the drawing function returns."
     drawn = draw(**values)
     traces, title = drawn if isinstance(drawn, tuple) else (drawn, "")
-    return _rounded(traces), title
+    return [_compact(trace) for trace in traces], title
 
 
 def _label(values):
@@ -138,7 +140,8 @@ def _flat(trace, prefix=""):
     'A trace with dotted names: {"line": {"color": "red"}} becomes {"line.color": "red"}.'
     flat = {}
     for key, value in trace.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        inner = isinstance(value, dict) and "bdata" not in value
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 # %% ../../nbs/core/12_plots.ipynb #b93d1f44
@@ -159,6 +162,14 @@ def _button(label, frame, slider):
                      {"sliders": [slider], "title.text": frame["layout"]["title"]["text"]}, frame["traces"]]}
 
 
+def _keep_what_changes(pictures):
+    "Drop from every trace, in place, what is the same in all pictures: a frame is an addition to the picture before."
+    for traces in zip(*pictures):
+        same = {key for key, value in traces[0].items() if key != "type" and all(trace.get(key) == value for trace in traces)}
+        for trace in traces:
+            for key in same: del trace[key]
+
+
 def frames_figure(
     draw: Callable,   # (**values) -> list of plotly traces (dictionaries), or (traces, title)
     controls: dict,   # argument of `draw` -> list of its values; the first becomes the slider
@@ -169,7 +180,7 @@ def frames_figure(
     "A plotly figure with a frame for each combination of values: a slider, and a menu where there is more than one control."
     (name, positions), *others = controls.items()
     combinations = [dict(zip(dict(others), values)) for values in itertools.product(*dict(others).values())]
-    active, background = list(positions).index(start[name]), _rounded(background)
+    active, background = list(positions).index(start[name]), [_compact(trace) for trace in background]
     rows = []  # the frames of each combination
     for combination in combinations:
         rows.append([])
@@ -180,13 +191,15 @@ def frames_figure(
     sliders = [_slider(name, positions, row, active) for row in rows]
     begin = combinations.index({other: start[other] for other, _ in others})
     first = rows[begin][active]
+    data = background + [dict(trace) for trace in first["data"]]
     layout = {"template": "plotly_white", **layout, "sliders": [sliders[begin]],
               "title": {"text": first["layout"]["title"]["text"], "font": {"size": 14}, "x": 0.02, "y": 0.98, "yanchor": "top"}}
     if others:
         buttons = [_button(_label(c), row[active], slider) for c, row, slider in zip(combinations, rows, sliders)]
-        layout["updatemenus"] = [{"buttons": buttons, "active": begin, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}]
+        layout["updatemenus"] = [{"buttons": buttons, "active": begin, "x": 0, "xanchor": "left", "y": 1.05, "yanchor": "bottom"}]
         layout["margin"] = {**layout.get("margin", {}), "t": 110}
-    return {"data": background + first["data"], "layout": layout, "frames": sum(rows, [])}
+    _keep_what_changes([frame["data"] for frame in sum(rows, [])])
+    return {"data": data, "layout": layout, "frames": sum(rows, [])}
 
 # %% ../../nbs/core/12_plots.ipynb #e7c18a25
 def _controls(controls, start):
@@ -220,7 +233,7 @@ def explore(
     def redraw(_=None):
         traces, title = _drawn(draw, {name: control.value for name, control in live.items()})
         titled = {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}
-        content = as_data({"data": _rounded(background) + traces, "layout": titled})
+        content = as_data({"data": [*map(_compact, background), *traces], "layout": titled})
         picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": content},)
     for control in live.values(): control.observe(redraw, "value")
     redraw()
