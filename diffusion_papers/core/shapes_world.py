@@ -26,8 +26,9 @@ from .training import TrainingConfig, fit
 
 # %% ../../nbs/core/17_shapes_world.ipynb #1462778e
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-COLOURS = {"red": (0.90, 0.15, 0.15), "green": (0.15, 0.75, 0.25), "blue": (0.15, 0.30, 0.95), "yellow": (0.95, 0.85, 0.10),
-           "purple": (0.65, 0.15, 0.80), "cyan": (0.10, 0.80, 0.90), "orange": (0.98, 0.55, 0.05), "white": (0.97, 0.97, 0.97)}
+COLOURS = {"red": (0.90, 0.15, 0.15), "green": (0.15, 0.75, 0.25), "blue": (0.15, 0.30, 0.95),
+           "yellow": (0.95, 0.85, 0.10), "purple": (0.65, 0.15, 0.80), "cyan": (0.10, 0.80, 0.90),
+           "orange": (0.98, 0.55, 0.05), "white": (0.97, 0.97, 0.97)}
 TEXTURES = ("plain", "striped", "checked")
 SIZES = ("small", "medium", "large")
 BACKGROUNDS = ("dark", "light", "graded", "tiled")
@@ -41,7 +42,8 @@ def hashed_uniform(
 ) -> np.ndarray:           # uniform in [0, 1) (N, count)
     "Uniform numbers that are a function of seed, index and position."
     with np.errstate(over="ignore"):
-        state = np.asarray(indices, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(count, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        state = (np.asarray(indices, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+                 + np.arange(count, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
         state = state + np.uint64(seed) * np.uint64(0x8CB92BA72F3D8DD7) + np.uint64(0x2545F4914F6CDD1D)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
@@ -74,17 +76,20 @@ def scene_factors(
     whole, each = numbers[:, :3], numbers[:, 3:].reshape(len(indices), MOST, 8)
     choose = lambda values, options: (values * len(options)).long()
     size = torch.where(torch.arange(MOST) == 0, 1 + (each[..., 3] > 0.5), 0)
-    least, spread = torch.tensor([0.20, 0.34, 0.42], dtype=torch.float64), torch.tensor([0.06, 0.08, 0.10], dtype=torch.float64)
+    least, spread = (torch.tensor([0.20, 0.34, 0.42], dtype=torch.float64),
+                     torch.tensor([0.06, 0.08, 0.10], dtype=torch.float64))
     radius = least[size] + spread[size] * each[..., 4]
     place = (2 * each[..., 5:7] - 1) * (0.95 - radius[..., None])
-    return Factors((whole[:, 0] * MOST).long() + 1, choose(each[..., 0], SHAPES), choose(each[..., 1], COLOURS), choose(each[..., 2], TEXTURES), size, radius, place,
-                   (each[..., 7] - 0.5) * 0.8, choose(whole[:, 1], BACKGROUNDS), whole[:, 2])
+    return Factors((whole[:, 0] * MOST).long() + 1, choose(each[..., 0], SHAPES), choose(each[..., 1], COLOURS),
+                   choose(each[..., 2], TEXTURES), size, radius, place, (each[..., 7] - 0.5) * 0.8,
+                   choose(whole[:, 1], BACKGROUNDS), whole[:, 2])
 
 # %% ../../nbs/core/17_shapes_world.ipynb #e1f2a507
 def _circle(x, y): return torch.hypot(x, y) - 1
 def _square(x, y): return torch.maximum(x.abs(), y.abs()) - 0.85
 def _triangle(x, y): return torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55
-def _cross(x, y): return torch.minimum(torch.maximum(x.abs() - 0.32, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.32))
+def _cross(x, y):
+    return torch.minimum(torch.maximum(x.abs() - 0.32, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.32))
 def _ring(x, y): return (torch.hypot(x, y) - 0.75).abs() - 0.25
 def _star(x, y):
     sector = torch.atan2(x, -y).remainder(2 * math.pi / 5) - math.pi / 5  # one of five equal points
@@ -113,7 +118,8 @@ def _texture(kind, x, y):
 def _backgrounds(kind, shade, grid):
     "Background pictures (N, 3, H, W) in [0, 1]: dark, light, graded from dark to light, or tiled."
     y, x = grid[:, None], grid[None, :]
-    level = torch.stack([0.05 + 0.2 * shade, 0.6 + 0.2 * shade, 0.15 + 0.1 * shade, 0.25 + 0.1 * shade])[kind, torch.arange(len(kind))][:, None, None]
+    level = torch.stack([0.05 + 0.2 * shade, 0.6 + 0.2 * shade, 0.15 + 0.1 * shade,
+                         0.25 + 0.1 * shade])[kind, torch.arange(len(kind))][:, None, None]
     slope = (kind == 2)[:, None, None] * (y + 1) * 0.3
     tiles = (kind == 3)[:, None, None] * 0.12 * torch.sign(torch.sin(7 * x) * torch.sin(7 * y))
     grey = (level + slope + tiles).clamp(0, 1)
@@ -156,7 +162,8 @@ def caption(
     "What there is to see in a scene."
     def name(slot):
         texture = TEXTURES[factors.texture[index, slot]]
-        words = [SIZES[factors.size[index, slot]], list(COLOURS)[factors.colour[index, slot]], "" if texture == "plain" else texture, SHAPES[factors.shape[index, slot]]]
+        words = [SIZES[factors.size[index, slot]], list(COLOURS)[factors.colour[index, slot]],
+                 "" if texture == "plain" else texture, SHAPES[factors.shape[index, slot]]]
         return " ".join(filter(None, ["a", *words]))
     first, *others = [name(slot) for slot in range(factors.count[index])]
     behind = f" before {' and '.join(others)}" if others else ""
@@ -185,7 +192,8 @@ class ShapesWorld(Dataset):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 # %% ../../nbs/core/17_shapes_world.ipynb #1b415647
-ATTRIBUTES = {"shape": len(SHAPES), "colour": len(COLOURS), "texture": len(TEXTURES), "size": 2, "background": len(BACKGROUNDS), "count": MOST}
+ATTRIBUTES = {"shape": len(SHAPES), "colour": len(COLOURS), "texture": len(TEXTURES), "size": 2,
+              "background": len(BACKGROUNDS), "count": MOST}
 
 
 class Judge(nn.Module):
@@ -197,9 +205,12 @@ class Judge(nn.Module):
         features: int=96,  # values that describe a picture
     ):
         super().__init__()
-        layer = lambda c_in, c_out, stride: nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU())
-        self.body = nn.Sequential(layer(3, width, 1), layer(width, width, 2), layer(width, 2 * width, 1), layer(2 * width, 2 * width, 2),
-                                  layer(2 * width, 2 * width, 1), layer(2 * width, 2 * width, 2), nn.Flatten(), nn.Linear(32 * width, features))
+        layer = lambda c_in, c_out, stride: nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1),
+                                                          nn.GroupNorm(8, c_out), nn.SiLU())
+        self.body = nn.Sequential(layer(3, width, 1), layer(width, width, 2),
+                                  layer(width, 2 * width, 1), layer(2 * width, 2 * width, 2),
+                                  layer(2 * width, 2 * width, 1), layer(2 * width, 2 * width, 2),
+                                  nn.Flatten(), nn.Linear(32 * width, features))
         self.heads = nn.ModuleDict({name: nn.Linear(features, options) for name, options in ATTRIBUTES.items()})
 
     def features(
@@ -225,7 +236,8 @@ def attributes(
 ) -> dict[str, torch.Tensor]:     # attribute -> index (N,)
     "The right answers."
     first = {"shape": factors.shape, "colour": factors.colour, "texture": factors.texture, "size": factors.size - 1}
-    return {name: value[:, 0] for name, value in first.items()} | {"background": factors.background, "count": factors.count - 1}
+    return ({name: value[:, 0] for name, value in first.items()}
+            | {"background": factors.background, "count": factors.count - 1})
 
 # %% ../../nbs/core/17_shapes_world.ipynb #7f82b478
 class JudgedWorld(ShapesWorld):
@@ -260,7 +272,8 @@ def load_judge(
 ) -> Judge:                            # in evaluation mode
     "The judge that ships with the package."
     tensors, _ = load_checkpoint(pretrained_path("shapes_judge"), device)
-    return load_into(Judge().to(device), {name: value.float() for name, value in tensors.items()}, "shapes_judge").eval()
+    return load_into(Judge().to(device), {name: value.float() for name, value in tensors.items()},
+                     "shapes_judge").eval()
 
 # %% ../../nbs/core/17_shapes_world.ipynb #9cdbf4cd
 @torch.no_grad()
@@ -280,7 +293,8 @@ def judge_accuracy(
     "How often the judge is right."
     factors = scene_factors(range(count), seed=2)
     truth = attributes(factors)
-    return {name: (answer == truth[name]).float().mean().item() for name, answer in judged(judge, draw_scenes(factors)[0]).items()}
+    return {name: (answer == truth[name]).float().mean().item()
+            for name, answer in judged(judge, draw_scenes(factors)[0]).items()}
 
 # %% ../../nbs/core/17_shapes_world.ipynb #be2ffb35
 def make_judge(
@@ -289,7 +303,10 @@ def make_judge(
     "Train the judge that ships, and write how it was made."
     began = time.perf_counter()
     judge = train_judge(folder="runs/judge", resume=True)
-    save_checkpoint(path, {name: value.half() for name, value in judge.state_dict().items()}, {"kind": "judge of the shapes world"})
-    about = {"command": 'python -c "from diffusion_papers.core.shapes_world import make_judge; make_judge()"', "config": {"seed": 0, "steps": 3000, "batch_size": 128, "data": "ShapesWorld, seed 1"},
-             "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 1), "metrics": judge_accuracy(judge)}
+    save_checkpoint(path, {name: value.half() for name, value in judge.state_dict().items()},
+                    {"kind": "judge of the shapes world"})
+    about = {"command": 'python -c "from diffusion_papers.core.shapes_world import make_judge; make_judge()"',
+             "config": {"seed": 0, "steps": 3000, "batch_size": 128, "data": "ShapesWorld, seed 1"},
+             "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 1),
+             "metrics": judge_accuracy(judge)}
     write_json(Path(path).with_suffix(".json"), about)
