@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIXINGS', 'SOLVERS', 'CONFIGS', 'SHAPES', 'REFERENCE_STEPS', 'ABLATIONS', 'EXPERIMENTS', 'mix', 'VectorHead',
-           'DerivativeHead', 'distilled_slope', 'guided_slope', 'Solver', 'calls_for', 'steps_within', 'integrate',
-           'euler_in_time', 'runge_kutta_45', 'distillation_loss', 'GenieConfig', 'Genie', 'build', 'base_loss',
-           'head_loss', 'load_data', 'train_network', 'train_head', 'train', 'one_step', 'save_model', 'load_model',
-           'load_pretrained', 'sample', 'encode', 'slerp', 'reference_samples', 'head_error', 'evaluate',
-           'run_experiment', 'demonstrate', 'benchmark']
+           'ConvHead', 'head_authors_keys', 'DerivativeHead', 'distilled_slope', 'guided_slope', 'Solver', 'calls_for',
+           'steps_within', 'integrate', 'euler_in_time', 'runge_kutta_45', 'distillation_loss', 'GenieConfig', 'Genie',
+           'build', 'base_loss', 'head_loss', 'load_data', 'train_network', 'train_head', 'train', 'one_step',
+           'save_model', 'load_model', 'load_pretrained', 'sample', 'encode', 'slerp', 'reference_samples',
+           'head_error', 'evaluate', 'run_experiment', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/01_genie.ipynb #549cc8c9
 import functools
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .core.checkpoints import (CheckpointError, load_checkpoint, load_into, pretrained_path,
                                                save_checkpoint)
@@ -30,7 +31,7 @@ from .core.configs import Config
 from .core.data import digits
 from .core.denoisers import Denoiser, denoising_loss, guided, per_sample
 from .core.metrics import frechet_pixels
-from .core.networks import ResidualBlock, ResidualMLP
+from .core.networks import ConvBlock, ResidualBlock, ResidualMLP, UNetConfig, leaves, variance_scaling
 from .core.processes import LinearVP, NoiseProcess
 from .core.samplers import (adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint,
                                             s_pndm, sigma_grid, taylor)
@@ -86,6 +87,49 @@ class VectorHead(nn.Module):
         hidden = self.input(torch.cat([x_t.flatten(1), eps.flatten(1), self.feature_norm(features)], dim=1))
         for block in self.blocks: hidden = block(hidden, embedding)
         return tuple(part.reshape(x_t.shape) for part in self.output(hidden).chunk(3, dim=1))
+
+# %% ../nbs/papers/01_genie.ipynb #5d5d4984
+class ConvHead(nn.Module):
+    "The head for a `UNet`: three outputs from x_t, eps, features and embedding (appendix G)."
+
+    def __init__(
+        self,
+        width: int,                # channels of the features, and a quarter of the embedding's size
+        channels: int=3,           # of the images
+        conditioning: int=0,       # further channels of the input, of a conditioning image (an up-sampler has 3)
+        feature_norm: bool=False,  # normalise the features first
+        first_scale: float=0.0,    # of the first convolution's initial variance; 0 is nearly nothing, as in the paper
+    ):
+        super().__init__()
+        norm = lambda channels: nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
+        self.feature_norm = norm(width) if feature_norm else None
+        conv = lambda c_in, c_out, scale: variance_scaling(nn.Conv2d(c_in, c_out, 3, padding=1), scale)
+        self.input = conv(2 * channels + conditioning + width, width, first_scale)
+        self.block = ConvBlock(width, width, UNetConfig(width=width, norm_groups="quarter", rescale=True))
+        self.output_norm, self.output = norm(width), conv(width, 3 * channels, 0.0)
+
+    def forward(
+        self,
+        x_t: torch.Tensor,        # noisy images, then the conditioning image (B, channels + conditioning, H, W)
+        eps: torch.Tensor,        # the network's noise estimate (B, channels, H, W)
+        features: torch.Tensor,   # its last features (B, width, H, W)
+        embedding: torch.Tensor,  # its embedding of the noise level (B, 4 width)
+    ) -> tuple:                   # k1, k2, k3, each (B, channels, H, W)
+        expected = self.input.in_channels - x_t.shape[1] - eps.shape[1]
+        if features.shape[1] != expected:
+            raise ValueError(f"features: this head expects {expected} channels beside its images, got {features.shape[1]}")
+        if self.feature_norm is not None: features = self.feature_norm(features)
+        hidden = self.block(self.input(torch.cat([x_t, eps, features], dim=1)), embedding)
+        return self.output(F.silu(self.output_norm(hidden))).chunk(3, dim=1)
+
+
+def head_authors_keys(
+    head: ConvHead,          # with or without the norm of the features
+) -> list[tuple[str, str]]:  # (our parameter, their parameter), in their order
+    "The names of a head's parameters in the authors' checkpoints."
+    ours = [name for name in ("feature_norm", "input", "block", "output_norm", "output") if getattr(head, name) is not None]
+    return [pair for number, name in enumerate(ours)
+            for pair in leaves(getattr(head, name), name, f"all_modules.0.all_modules.{number}", "ddpmpp")]
 
 # %% ../nbs/papers/01_genie.ipynb #d9e01b88
 class DerivativeHead(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_papers import genie
 from diffusion_papers.core.networks import UNet, authors_keys, unet_config
 
 FOLDER = Path(__file__).parent / "golden"
@@ -37,7 +38,7 @@ def companions(path):
 @pytest.mark.parametrize("slug, case", CASES, ids=["/".join(case) for case in CASES])
 def test_golden_case(slug, case):
     module, path = answers_of(slug), FOLDER / slug / f"{case}.npz"
-    arrays, inputs = dict(np.load(path)), INPUTS.get(case, {"x", "t", "M"})
+    arrays, inputs = dict(np.load(path)), INPUTS.get(case, {"x", "eps", "xemb", "temb", "t"} if case.startswith("head_") else {"x", "t", "M"})
     # What compute sees of the outputs are their names alone: an output that was passed through would come back as zeros.
     blinded = {name: values if name in inputs else np.zeros_like(values) for name, values in arrays.items()}
     computed = module.compute(case, blinded | companions(path))
@@ -66,3 +67,16 @@ def test_published_networks_have_the_authors_tensors(name):
     assert [theirs for _, theirs in pairs] == list(manifest)
     assert {theirs: list(state[ours].shape) for ours, theirs in pairs} == manifest
     assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@pytest.mark.parametrize("name, width, conditioning, feature_norm, count", [
+    ("cifar10", 128, 0, False, 526_473), ("church", 128, 0, True, 526_729), ("bedroom", 128, 0, False, 526_473),
+    ("imagenet64", 192, 0, False, 1_170_633), ("imagenet64-cond", 192, 0, False, 1_170_633),
+    ("cats128", 192, 0, False, 1_170_633), ("cats-upsampler", 96, 3, False, 302_217)])
+def test_published_heads_have_the_authors_tensors(name, width, conditioning, feature_norm, count):
+    with torch.device("meta"): head = genie.ConvHead(width, 3, conditioning, feature_norm)
+    manifest = json.loads((FOLDER.parent / "manifests" / f"genie-{name}-head.json").read_text())
+    state = head.state_dict()
+    assert [theirs for _, theirs in genie.head_authors_keys(head)] == list(manifest)
+    assert {theirs: list(state[ours].shape) for ours, theirs in genie.head_authors_keys(head)} == manifest
+    assert sum(parameter.numel() for parameter in head.parameters()) == count
