@@ -120,9 +120,10 @@ def do_demo(args):
 
 def do_bench(args):
     "Time a paper's parts against straightforward ways to do the same, and store the table."
-    from diffusion_papers.core.evidence import data_folder, machine, write_json
-    rows = paper(args.paper).benchmark(args.device)
-    path = data_folder() / "benchmarks" / f"{args.paper}_{args.device or 'auto'}.json"
+    from diffusion_papers.core.evidence import best_device, data_folder, machine, write_json
+    device = args.device or best_device()
+    rows = paper(args.paper).benchmark(device)
+    path = data_folder() / "benchmarks" / f"{args.paper}_{device}.json"
     write_json(path, {"command": f"make bench PAPER={args.paper}", "machine": machine(), "rows": rows})
     for row in rows:
         print("  ".join(f"{value:10.4g}" if isinstance(value, float) else f"{value!s}" for value in row.values()))
@@ -130,8 +131,9 @@ def do_bench(args):
 
 def do_scale(args):
     "Build, train one step, save and resume every preset of a paper; memory and time are stored."
+    from diffusion_papers.core.evidence import best_device
     from diffusion_papers.core.scale import scale_table
-    for row in scale_table(args.paper, args.device): print(row)
+    for row in scale_table(args.paper, args.device or best_device()): print(row)
 
 # %% ../nbs/command_line.ipynb #85c124c9
 def parser(

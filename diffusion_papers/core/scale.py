@@ -21,7 +21,7 @@ from .registry import paper
 def try_configuration(
     slug: str,               # the paper
     preset: str,             # name of one of its CONFIGS
-    device: str | None=None, # "cpu", "cuda", or None for the best there is
+    device: str="cpu",       # "cpu" or "cuda"
 ) -> dict:                   # parameters, seconds, peak memory in GiB
     "Train one step, save, resume for a second one."
     import resource
@@ -39,7 +39,7 @@ def try_configuration(
 # %% ../../nbs/core/16_scale.ipynb #d643f0c6
 def scale_table(
     slug: str,               # the paper
-    device: str | None=None, # "cpu", "cuda", or None for the best there is
+    device: str="cpu",       # "cpu" or "cuda"
 ) -> list[dict]:             # one row a preset, also stored in data/benchmarks/
     "Try every configuration of a paper."
     rows = []
@@ -49,6 +49,6 @@ def scale_table(
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["killed"]
         rows.append(json.loads(last[0]) if done.returncode == 0 else {"preset": preset, "error": last[0]})
-    write_json(data_folder() / "benchmarks" / f"{slug}_scale_{device or 'auto'}.json",
+    write_json(data_folder() / "benchmarks" / f"{slug}_scale_{device}.json",
                {"command": f"make scale PAPER={slug}", "machine": machine(), "rows": rows})
     return rows
