@@ -53,7 +53,7 @@ PUBLISHED = {  # file -> family, sizes, number of parameters
     "imagenet64": ("adm", ADM, 281_820_099),
     "imagenet64-cond": ("adm", ADM | dict(classes=1000, null_class=False), 282_588_099),
     "cats128": ("adm", ADM | dict(image_size=128, multipliers=(1, 2, 2, 3, 3), blocks=2, attention=(16, 8)), 200_436_483),
-    "cats-upsampler": ("adm", dict(image_size=512, in_channels=6, width=96, multipliers=(1, 1, 2, 2, 3, 3, 4), attention=(16, 8),
+    "cats-upsampler": ("adm", dict(image_size=512, conditioning=3, width=96, multipliers=(1, 1, 2, 2, 3, 3, 4), attention=(16, 8),
                                    head_width=32, augmented=True), 80_230_179),
 }
 

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PARTS', 'FourierEmbedding', 'ResidualBlock', 'ResidualMLP', 'UNetConfig', 'unet_config',
            'variance_scaling', 'group_norm', 'resample', 'ConvBlock', 'Matrix', 'Attention', 'Downsample', 'Upsample',
-           'NoiseEmbedding', 'Level', 'UNet', 'leaves', 'authors_keys']
+           'NoiseEmbedding', 'Level', 'UNet', 'leaves', 'authors_keys', 'authors_tensors', 'load_authors_network']
 
 # %% ../../nbs/core/07_networks.ipynb #407a95b1
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .checkpoints import CheckpointError, load_foreign, load_into
 from .checks import check_choice, check_range
 from .configs import Config
 
@@ -124,6 +126,7 @@ class UNetConfig(Config):
     "A U-Net; the families of the papers differ in the second half of the fields."
     image_size: int = 32               # height and width of an image, even at every level but the last
     in_channels: int = 3               # of the input
+    conditioning: int = 0              # channels of a conditioning image that is put beside the input
     out_channels: int = 3              # of the output
     width: int = 128                   # channels of the first level
     multipliers: tuple = (1, 2, 2, 2)  # channels of each level, in units of the width
@@ -270,7 +273,7 @@ class Attention(nn.Module):
 
     def parts(self, x):
         "Query, key and value, each (B, heads, pixels, channels of a head)."
-        batch, channels, pixels = *x.shape[:2], x[0, 0].numel()
+        batch, pixels = len(x), x[0, 0].numel()
         if self.config.projections != "joint":
             return (part(x).reshape(batch, self.heads, -1, pixels).transpose(2, 3)
                     for part in (self.query, self.key, self.value))
@@ -375,7 +378,7 @@ class UNet(nn.Module):
         self.shape = (config.in_channels, config.image_size, config.image_size)
         self.embedding = NoiseEmbedding(config)
         if config.classes: self.class_embedding = nn.Embedding(config.classes + config.null_class, 4 * config.width)
-        self.input = variance_scaling(nn.Conv2d(config.in_channels, config.width, 3, padding=1))
+        self.input = variance_scaling(nn.Conv2d(config.in_channels + config.conditioning, config.width, 3, padding=1))
         down, kept = _way_down(config)
         coarse = config.width * config.multipliers[-1]
         self.down = nn.ModuleList(down)
@@ -408,12 +411,19 @@ class UNet(nn.Module):
         x: torch.Tensor,      # noisy images (B, in_channels, H, W)
         label: torch.Tensor,  # noise level, as the denoiser tells it (B,)
         class_label: torch.Tensor | None=None,   # class of each sample, int64 (B,); None is no class
+        condition: torch.Tensor | None=None,     # conditioning image (B, conditioning, H, W)
         augmentation: torch.Tensor | None=None,  # noise level of the conditioning image (B,), where `augmented`
     ):                        # output (B, out_channels, H, W), features (B, C, H, W), embedding (B, 4 width)
         "The output together with the features before the last norm, and the embedding."
         if x.shape[1:] != self.shape:
             raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if self.config.augmented and augmentation is None:
+            raise ValueError("augmentation: this network is told the noise level of its conditioning image, got none")
+        if (0 if condition is None else condition.shape[1]) != self.config.conditioning:
+            raise ValueError(f"condition: expected an image of {self.config.conditioning} channels (0: none), "
+                             f"got {None if condition is None else tuple(condition.shape)}")
         embedding = self.embed(label, class_label, augmentation)
+        if condition is not None: x = torch.cat([x, condition], dim=1)
         hidden = self.input(x)
         kept = [hidden]
         for level in self.down:
@@ -434,9 +444,9 @@ class UNet(nn.Module):
             if level.resampling is not None: hidden = self.run(level.resampling, hidden, embedding)
         return self.output(F.silu(self.output_norm(hidden))), hidden, embedding
 
-    def forward(self, x, label, class_label=None, augmentation=None):
+    def forward(self, x, label, **cond):
         "The output alone."
-        return self.with_features(x, label, class_label, augmentation)[0]
+        return self.with_features(x, label, **cond)[0]
 
 # %% ../../nbs/core/07_networks.ipynb #9d738734
 PARTS = {  # family -> our names of a block's and an attention's parts -> the authors'
@@ -544,3 +554,37 @@ def authors_keys(
         unnamed = sorted(state.keys() ^ {ours for ours, _ in pairs})
         raise ValueError(f"family: {family} has no names for {', '.join(unnamed[:3])} of this network")
     return pairs
+
+# %% ../../nbs/core/07_networks.ipynb #3b66b3fa
+def authors_tensors(
+    checkpoint: dict,               # content of the authors' file: {"model": ..., "ema": ...}, or a plain state dict
+    keys: list[tuple[str, str]],    # (our name, their name), in their order
+    frozen: set=frozenset(),        # their names of the parameters that were not trained
+    source: str="checkpoint",       # what the error message calls it
+) -> dict[str, torch.Tensor]:       # our name -> value
+    "The weights of a released checkpoint under our names; the average where there is one (`CheckpointError`)."
+    state = checkpoint.get("model", checkpoint)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    theirs = [name for _, name in keys]
+    missing = [name for name in theirs if name not in state]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{source}: lacks {', '.join(missing[:5])}{more}")
+    if "ema" in checkpoint:
+        trained, average = [name for name in theirs if name not in frozen], checkpoint["ema"]["shadow_params"]
+        if len(average) != len(trained):
+            raise CheckpointError(f"{source}: its average has {len(average)} tensors, "
+                                  f"the network {len(trained)} trained ones")
+        state |= dict(zip(trained, average))
+    return {ours: state[name] for ours, name in keys}
+
+
+def load_authors_network(
+    path: Path | str,   # the authors' .pth file
+    network: UNet,      # of the same sizes; receives the weights
+    family: str,        # one of FAMILIES
+) -> UNet:              # the network
+    "Load released weights; nothing is changed unless all of it fits (`CheckpointError`)."
+    frozen = {theirs for ours, theirs in authors_keys(network, family) if not network.get_parameter(ours).requires_grad}
+    tensors = authors_tensors(load_foreign(path), authors_keys(network, family), frozen, Path(path).name)
+    return load_into(network, tensors, Path(path).name)
