@@ -44,10 +44,16 @@ def converted(
     known = arguments_of(function)
     for name, _ in values:
         if name not in known: raise ValueError(f"--set: {function.__name__} takes {', '.join(known)}; got {name!r}")
-    def value(text):
-        try: return ast.literal_eval(text)
-        except (ValueError, SyntaxError): return text
-    return {name: value(text) for name, text in values}
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    def value(name, text):
+        try: parsed = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        except (ValueError, SyntaxError): parsed = text
+        kind = type(defaults[name])
+        if kind is tuple and not isinstance(parsed, (tuple, list)): return (parsed,)
+        wrong = kind in (bool, int, str) and type(parsed) is not kind or kind is float and type(parsed) not in (int, float)
+        if wrong: raise ValueError(f"--set: {name} takes a value like {defaults[name]!r}; got {text!r}")
+        return parsed
+    return {name: value(name, text) for name, text in values}
 
 # %% ../nbs/command_line.ipynb #f3fe2267
 def do_list(args):

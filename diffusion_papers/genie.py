@@ -35,7 +35,7 @@ from .core.networks import ConvBlock, ResidualBlock, ResidualMLP, UNetConfig, le
 from .core.processes import LinearVP, NoiseProcess
 from .core.samplers import (adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint,
                                             s_pndm, sigma_grid, taylor)
-from .core.training import TrainingConfig, fit, step_seed
+from .core.training import TrainingConfig, claim_folder, fit, step_seed
 
 # %% ../nbs/papers/01_genie.ipynb #4eb41a81
 MIXINGS = ("full", "leading", "none")
@@ -46,7 +46,7 @@ def mix(
     sigma: torch.Tensor,   # noise level gamma, above 0 (B,)
     mixing: str="full",    # "full" is the paper's; "leading" keeps -k1/gamma alone; "none" is k1
 ) -> torch.Tensor:         # the derivative d eps / d gamma (B, ...)
-    "Mixed parameterisation: three outputs of order one make a derivative that spans five orders (section 3.2)."
+    "Mixed parameterisation: three outputs of order one make a derivative that spans five orders."
     first, second, third = parts
     if mixing == "none": return first
     gamma = per_sample(sigma.double(), first.double())
@@ -90,7 +90,7 @@ class VectorHead(nn.Module):
 
 # %% ../nbs/papers/01_genie.ipynb #5d5d4984
 class ConvHead(nn.Module):
-    "The head for a `UNet`: three outputs from x_t, eps, features and embedding (appendix G)."
+    "The head for a `UNet`: three outputs from x_t, eps, features and embedding."
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ def guided_slope(
     unconditional: Callable,  # slope without it
     scale: float,             # w, at least 0; 0 is purely conditional
 ):                            # slope (x, sigma (B,)) -> (eps, d eps / d gamma)
-    "Guidance of a slope, (1 + w) conditional - w unconditional, term by term (section 3.3)."
+    "Guidance of a slope, (1 + w) conditional - w unconditional, term by term."
     check_range(scale, "scale", 0.0)
     if scale == 0: return conditional
     return lambda x, sigma: tuple((1 + scale) * c - scale * u
@@ -238,7 +238,7 @@ def integrate(
     denoise: bool=False,      # remove the rest of the noise by one more call
     callback: Callable | None=None,  # called with (step, x_bar, x_0 estimate)
 ) -> torch.Tensor:            # samples (B, ...)
-    "From noise to data: change of variables, first step, solver, last step."
+    "From noise to data: change of variables, first step, solver, last step. For variance-preserving processes."
     choice = SOLVERS[check_choice(solver, "solver", SOLVERS)]
     check_tensor(x_T, "x_T")
     sigmas = sigma_grid(process, steps, exponent, end).to(x_T.device)
@@ -303,7 +303,7 @@ def distillation_loss(
     weighting: str="gamma2", # "gamma2" is the paper's; "one" does not weight
     **cond,                  # handed to the network
 ) -> torch.Tensor:           # loss of each image (B,)
-    "Squared error of the predicted derivative (equation 14), summed over an image."
+    "Squared error of the predicted derivative summed over an image."
     check_choice(head_eps, "head_eps", ("pred", "true")); check_choice(weighting, "weighting", ("gamma2", "one"))
     x = x0 + per_sample(sigma, x0) * noise
     with torch.no_grad():
@@ -465,6 +465,7 @@ def train(
     **options,                           # handed to `fit`: resume, device, callback
 ) -> Genie:                              # trained, with averaged weights
     "Train a diffusion model, then distil its head; killed and resumed, it ends with the same bits."
+    if folder: claim_folder(folder, config)
     place = lambda name: Path(folder) / name if folder else None
     return train_head(config, train_network(config, folder=place("network"), **options),
                       folder=place("head"), **options)

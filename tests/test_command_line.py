@@ -33,7 +33,9 @@ def test_train_resume_evaluate_and_sample(tmp_path):
             and about["command"].startswith("python -m diffusion_papers train genie"))
     again = command(*run)
     assert again.returncode == 1 and "resume" in again.stderr
-    assert command(*run[:-len(SMALL)], *SMALL, "base.steps=5", "--resume").returncode == 0
+    other = command(*run[:-len(SMALL)], *SMALL, "base.steps=5", "--resume")
+    assert other.returncode == 1 and "base.steps was 3 and is 5" in other.stderr
+    assert command(*run, "--resume").returncode == 0
     model = tmp_path / "run" / "model.safetensors"
     done = command("evaluate", "genie", "--model", model, "--set", "count=20", "budgets=(5,)",
                    "--output", tmp_path / "rows.json")
@@ -49,7 +51,7 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     (["train", "genie", "--preset", "huge"], "--preset: genie has cpu"),
     (["sample", "genie", "--model", "nowhere.safetensors"], "there is no such checkpoint"),
     (["sample", "genie", "--set", "solver=rk4"], "solver: expected one of"),
-    (["sample", "genie", "--set", "calls"], "expected name=value"), (["sample", "gan"], "invalid choice")])
+    (["sample", "genie", "--set", "calls"], "expected name=value"), (["sample", "genie", "--set", "calls=ten"], "calls takes a value like 10"), (["sample", "gan"], "invalid choice")])
 def test_mistakes_are_told_in_one_line(words, told, tmp_path):
     if words[0] == "train": words += ["--folder", str(tmp_path)]
     done = command(*words)

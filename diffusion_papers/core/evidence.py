@@ -129,7 +129,7 @@ def run_experiments(
         result = run(setting)
         done.append({"setting": setting, "result": result,
                      "seconds": round(time.perf_counter() - began, 1), "machine": machine()})
-        write_json(path, {"slug": slug, "command": f"make results {slug}", "function": function,
+        write_json(path, {"slug": slug, "command": f"make results PAPER={slug}", "function": function,
                           "code": code, "experiments": done})
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -140,7 +140,7 @@ def load_results(
 ) -> dict:                 # what `run_experiments` stored
     "Stored results (`FileNotFoundError` says how to make them)."
     path = path or data_folder() / "results" / f"{slug}.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no stored results; make them with: make results {slug}")
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no stored results; make them with: make results PAPER={slug}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

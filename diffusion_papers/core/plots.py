@@ -207,7 +207,7 @@ def _controls(controls, start):
     widgets = require("ipywidgets", "plots")
     def control(name, values):
         label = name.strip("_").replace("_", " ")
-        if set(values) == {False, True}: return widgets.Checkbox(value=start[name], description=label)
+        if all(isinstance(value, bool) for value in values): return widgets.Checkbox(value=start[name], description=label)
         numbers = all(isinstance(value, (int, float)) for value in values)
         return (widgets.SelectionSlider if numbers else widgets.Dropdown)(
             options=values, value=start[name], description=label)

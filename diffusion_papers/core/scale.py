@@ -23,13 +23,16 @@ def try_configuration(
     preset: str,             # name of one of its CONFIGS
     device: str="cpu",       # "cpu" or "cuda"
 ) -> dict:                   # parameters, seconds, peak memory in GiB
-    "Train one step, save, resume for a second one."
+    "Train one step, save, be interrupted in the second, resume."
     import resource
     module, began = paper(slug), time.perf_counter()
     config = module.CONFIGS[preset]
+    def kill(step, loss):
+        if step == 2: raise InterruptedError
     with tempfile.TemporaryDirectory() as folder:
-        model = module.train(module.one_step(config, 1), folder, device=device)
-        module.train(module.one_step(config, 2), folder, resume=True, device=device)
+        try: module.train(module.one_step(config, 2), folder, device=device, callback=kill)
+        except InterruptedError: pass
+        model = module.train(module.one_step(config, 2), folder, resume=True, device=device)
     on_gpu = torch.cuda.is_available() and device != "cpu"
     peak = (torch.cuda.max_memory_allocated() / 2**30 if on_gpu
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
