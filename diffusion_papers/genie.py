@@ -12,6 +12,7 @@ __all__ = ['MIXINGS', 'SOLVERS', 'CONFIGS', 'SHAPES', 'REFERENCE_STEPS', 'ABLATI
 
 # %% ../nbs/papers/01_genie.ipynb #549cc8c9
 import functools
+import importlib.util
 import math
 import time
 import warnings
@@ -115,9 +116,9 @@ class ConvHead(nn.Module):
         features: torch.Tensor,   # its last features (B, width, H, W)
         embedding: torch.Tensor,  # its embedding of the noise level (B, 4 width)
     ) -> tuple:                   # k1, k2, k3, each (B, channels, H, W)
-        expected = self.input.in_channels - x_t.shape[1] - eps.shape[1]
-        if features.shape[1] != expected:
-            raise ValueError(f"features: this head expects {expected} channels beside its images, got {features.shape[1]}")
+        if x_t.shape[1] + eps.shape[1] + features.shape[1] != self.input.in_channels:
+            raise ValueError(f"x_t or features: this head expects {self.input.in_channels} channels in all, "
+                             f"got {x_t.shape[1]} + {eps.shape[1]} + {features.shape[1]}")
         if self.feature_norm is not None: features = self.feature_norm(features)
         hidden = self.block(self.input(torch.cat([x_t, eps, features], dim=1)), embedding)
         return self.output(F.silu(self.output_norm(hidden))).chunk(3, dim=1)
@@ -547,12 +548,14 @@ def encode(
     steps: int=40,                         # number of steps
     exponent: float=2.0,                   # striding
     class_label: torch.Tensor | None=None, # class of each sample (B,)
-) -> torch.Tensor:                         # codes x_T (B, *shape), nearly standard normal
+) -> torch.Tensor:                         # codes x_T (B, *shape), nearly standard normal, where the model lies
     "From data to noise along the same equation."
+    x = check_tensor(x, "x").to(model.device)
+    if class_label is not None: class_label = class_label.to(model.device)
     sigmas = sigma_grid(model.process, steps, exponent).flip(0).to(x.device)
     x_bar = x / model.process.alpha_at(sigmas[0]).to(x)
-    return (SOLVERS[check_choice(solver, "solver", SOLVERS)].sampler(model.walk(solver, class_label), x_bar, sigmas)
-            * model.process.alpha_at(sigmas[-1]).to(x))
+    walk = model.walk(solver, class_label)  # names the solvers there are
+    return SOLVERS[solver].sampler(walk, x_bar, sigmas) * model.process.alpha_at(sigmas[-1]).to(x)
 
 
 def slerp(
@@ -719,8 +722,8 @@ def benchmark(
         return min(once() for _ in range(10))
 
     with torch.no_grad():
-        rows = [{"what": "20 bare calls of the network", "seconds": fastest(bare)},
-                {"what": "DDIM of diffusers", "seconds": fastest(peer)}]
+        rows = [{"what": "20 bare calls of the network", "seconds": fastest(bare)}]
+        if importlib.util.find_spec("diffusers"): rows.append({"what": "DDIM of diffusers", "seconds": fastest(peer)})
         rows += [{"what": f"{solver}, 20 calls",
                   "seconds": fastest(functools.partial(sample, model, x_T=x_T, solver=solver, calls=20))}
                  for solver in ("ddim", "genie", "taylor", "s_pndm", "dpm_solver_pp")]

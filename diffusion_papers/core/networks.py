@@ -404,6 +404,10 @@ class UNet(nn.Module):
             if not self.config.null_class:
                 raise ValueError(f"class_label: expected 0 to {self.classes - 1}; this network knows no 'none'")
             class_label = torch.full(label.shape, self.classes, device=label.device)
+        most = self.classes - (not self.config.null_class)
+        if class_label.shape != label.shape or class_label.min() < 0 or class_label.max() > most:
+            raise ValueError(f"class_label: expected {len(label)} labels from 0 to {most}, got shape "
+                             f"{tuple(class_label.shape)}, values from {class_label.min()} to {class_label.max()}")
         return embedding + self.class_embedding(class_label)
 
     def with_features(
@@ -548,6 +552,8 @@ def authors_keys(
     frequencies = [("embedding.augmentation_frequencies", "aug_gfp.0.W")] * network.config.augmented
     if family == "adm": frequencies.append(("embedding.frequencies", "time_embed.0.W"))
     modules = dict(network.named_modules())
+    foreign = [ours for ours, _ in places if ours not in modules]
+    if foreign: raise ValueError(f"family: this network has no {foreign[0]}, so it is not of the family {family}")
     pairs = frequencies + [pair for ours, theirs in places for pair in leaves(modules[ours], ours, theirs, family)]
     state = network.state_dict()
     if {ours for ours, _ in pairs} != state.keys():

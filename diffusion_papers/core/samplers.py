@@ -282,13 +282,15 @@ def white(
 
 
 def check_noise(
-    noise,        # what came
-    solver: str,  # the solver's name, for the message
+    noise,                 # what came
+    sigmas: torch.Tensor,  # noise levels
+    solver: str,           # the solver's name, for the message
 ):
-    "Require a source of noise (`TypeError`)."
+    "Require a source of noise (`TypeError`) and falling levels: randomness cannot be run backwards (`ValueError`)."
     if not callable(noise):
-        raise TypeError(f"noise: {solver} draws noise; pass a function of x, for instance white(generator), "
-                        f"got {noise!r}")
+        raise TypeError(f"noise: {solver} draws noise; pass a function of x, "
+                        f"for instance white(generator), got {noise!r}")
+    if sigmas[-1] > sigmas[0]: raise ValueError(f"sigmas: {solver} is stochastic and cannot encode; expected falling levels")
 
 # %% ../../nbs/core/06_samplers.ipynb #f378df18
 @sampler
@@ -302,7 +304,7 @@ def ancestral(
     eta: float=1.0,        # amount of noise in [0, 1]; 1 is DDPM, 0 is DDIM
 ) -> torch.Tensor:         # x at sigmas[-1]
     "Ancestral sampling: DDPM's posterior (Ho et al. 2020), and stochastic DDIM (Song et al. 2021) between. One call a step."
-    check_noise(noise, "ancestral"); check_range(eta, "eta", 0.0, 1.0)
+    check_noise(noise, sigmas, "ancestral"); check_range(eta, "eta", 0.0, 1.0)
     for step, (now, then) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, now)
         callback(step, x, x0)
@@ -327,7 +329,7 @@ def churn(
     s_noise: float=1.003,  # standard deviation of the added noise, slightly above 1 against loss of detail
 ) -> torch.Tensor:         # x at sigmas[-1]
     "Stochastic Heun sampler (Karras et al. 2022, algorithm 2). Two calls a step, one for a step to 0."
-    check_noise(noise, "churn"); check_range(s_churn, "s_churn", 0.0)
+    check_noise(noise, sigmas, "churn"); check_range(s_churn, "s_churn", 0.0)
     for step, (now, then) in enumerate(pairwise(sigmas)):
         raise_by = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_min <= now <= s_max else 0.0
         raised = now * (1 + raise_by)
@@ -353,7 +355,7 @@ def annealed_langevin(
     step_size: float=0.3,   # c: step in units of sigma^2, in (0, 4); above 4 the iteration diverges
 ) -> torch.Tensor:          # x after the last level
     "Annealed Langevin dynamics (Song and Ermon 2019), on every level but a last 0, where the estimate is returned."
-    check_noise(noise, "annealed_langevin"); check_range(inner_steps, "inner_steps", 1)
+    check_noise(noise, sigmas, "annealed_langevin"); check_range(inner_steps, "inner_steps", 1)
     if not 0 < step_size < 4: raise ValueError(f"step_size: expected a value in (0, 4), got {step_size}")
     for level, sigma in enumerate(sigmas):
         x0 = denoise(x, sigma) if sigma > 0 else denoise(x, sigmas[-2])
