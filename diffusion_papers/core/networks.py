@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PARTS', 'FourierEmbedding', 'ResidualBlock', 'ResidualMLP', 'UNetConfig', 'unet_config',
            'variance_scaling', 'group_norm', 'resample', 'ConvBlock', 'Matrix', 'Attention', 'Downsample', 'Upsample',
-           'NoiseEmbedding', 'Level', 'UNet', 'leaves', 'authors_keys', 'authors_tensors', 'load_authors_network']
+           'NoiseEmbedding', 'Level', 'check_unet_inputs', 'UNet', 'leaves', 'authors_keys', 'authors_tensors',
+           'load_authors_network']
 
 # %% ../../nbs/core/07_networks.ipynb #407a95b1
 import math
@@ -366,6 +367,36 @@ def _way_up(config, kept):
     return levels
 
 # %% ../../nbs/core/07_networks.ipynb #d20f933f
+def check_unet_inputs(
+    config: UNetConfig,   # what the network was built for
+    x: torch.Tensor,      # noisy images
+    label: torch.Tensor,  # noise level, one a sample
+    class_label: torch.Tensor | None,   # class of each sample, or None
+    condition: torch.Tensor | None,     # conditioning image, or None
+    augmentation: torch.Tensor | None,  # its noise level, or None
+) -> torch.Tensor | None: # the class of each sample, "none" filled in; None for a network without classes
+    "Require what a U-Net was built for (`ValueError`)."
+    shape = (config.in_channels, config.image_size, config.image_size)
+    if x.shape[1:] != shape:
+        raise ValueError(f"x: expected shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    if config.augmented and augmentation is None:
+        raise ValueError("augmentation: this network is told the noise level of its conditioning image, got none")
+    if (0 if condition is None else condition.shape[1]) != config.conditioning:
+        raise ValueError(f"condition: expected an image of {config.conditioning} channels (0: none), "
+                         f"got {None if condition is None else tuple(condition.shape)}")
+    if not config.classes:
+        if class_label is not None: raise ValueError("class_label: this network was built without classes")
+        return None
+    if class_label is None:
+        if config.null_class: return torch.full(label.shape, config.classes, device=label.device)
+        raise ValueError(f"class_label: expected 0 to {config.classes - 1}; this network knows no 'none'")
+    most = config.classes - (not config.null_class)
+    if class_label.shape != label.shape or class_label.min() < 0 or class_label.max() > most:
+        raise ValueError(f"class_label: expected {len(label)} labels from 0 to {most}, got shape "
+                         f"{tuple(class_label.shape)}, values from {class_label.min()} to {class_label.max()}")
+    return class_label
+
+# %% ../../nbs/core/07_networks.ipynb #9ac8fcaf
 class UNet(nn.Module):
     "The U-Net of a configuration."
 
@@ -394,22 +425,6 @@ class UNet(nn.Module):
         if not (self.config.checkpointing and torch.is_grad_enabled()): return module(*inputs)
         return checkpoint(module, *inputs, use_reentrant=False)
 
-    def embed(self, label, class_label, augmentation):
-        "The embedding of the noise level and the class; None is no class."
-        embedding = self.embedding(label, augmentation)
-        if not self.classes:
-            if class_label is not None: raise ValueError("class_label: this network was built without classes")
-            return embedding
-        if class_label is None:
-            if not self.config.null_class:
-                raise ValueError(f"class_label: expected 0 to {self.classes - 1}; this network knows no 'none'")
-            class_label = torch.full(label.shape, self.classes, device=label.device)
-        most = self.classes - (not self.config.null_class)
-        if class_label.shape != label.shape or class_label.min() < 0 or class_label.max() > most:
-            raise ValueError(f"class_label: expected {len(label)} labels from 0 to {most}, got shape "
-                             f"{tuple(class_label.shape)}, values from {class_label.min()} to {class_label.max()}")
-        return embedding + self.class_embedding(class_label)
-
     def with_features(
         self,
         x: torch.Tensor,      # noisy images (B, in_channels, H, W)
@@ -419,14 +434,9 @@ class UNet(nn.Module):
         augmentation: torch.Tensor | None=None,  # noise level of the conditioning image (B,), where `augmented`
     ):                        # output (B, out_channels, H, W), features (B, C, H, W), embedding (B, 4 width)
         "The output together with the features before the last norm, and the embedding."
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        if self.config.augmented and augmentation is None:
-            raise ValueError("augmentation: this network is told the noise level of its conditioning image, got none")
-        if (0 if condition is None else condition.shape[1]) != self.config.conditioning:
-            raise ValueError(f"condition: expected an image of {self.config.conditioning} channels (0: none), "
-                             f"got {None if condition is None else tuple(condition.shape)}")
-        embedding = self.embed(label, class_label, augmentation)
+        class_label = check_unet_inputs(self.config, x, label, class_label, condition, augmentation)
+        embedding = self.embedding(label, augmentation)
+        if class_label is not None: embedding = embedding + self.class_embedding(class_label)
         if condition is not None: x = torch.cat([x, condition], dim=1)
         hidden = self.input(x)
         kept = [hidden]
