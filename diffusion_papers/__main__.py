@@ -10,11 +10,13 @@ __all__ = ['pair', 'arguments_of', 'converted', 'do_list', 'do_train', 'do_sampl
 import argparse
 import ast
 import inspect
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from .core.checks import check_device
 from .core.configs import describe
 from .core.registry import paper, papers
 
@@ -33,7 +35,7 @@ def arguments_of(
     lines = inspect.getsource(function).split(") ->")[0].split("):")[0].splitlines()
     named = {line.strip().split(":")[0].split("=")[0].strip(): line.strip() for line in lines}
     return {name: named[name] for name, p in inspect.signature(function).parameters.items()
-            if p.default is not p.empty and name not in ("callback", "x_T")}
+            if p.default is not p.empty and name not in ("callback", "x_T", "cond", "without")}
 
 
 def converted(
@@ -65,6 +67,7 @@ def do_list(args):
 def _model(args):
     "The model that the arguments name: a file, or what ships."
     module = paper(args.paper)
+    check_device(args.device)
     return module.load_model(args.model, args.device) if args.model else module.load_pretrained(device=args.device)
 
 
@@ -77,11 +80,13 @@ def do_train(args):
     config = module.CONFIGS[args.preset].override(**dict(args.set))
     folder = Path(args.folder or f"runs/{args.paper}/{args.preset}")
     began = time.perf_counter()
-    model = module.train(config, folder, resume=args.resume, device=args.device)
+    model = module.train(config, folder, resume=args.resume, device=args.device, workers=args.workers)
+    if int(os.environ.get("RANK", 0)): return  # of several processes the first writes
     path = Path(args.output or folder / "model.safetensors")
     module.save_model(path, model)
     about = {"command": "python -m diffusion_papers " + shlex.join(args.words), "config": config.to_dict(),
-             "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2)}
+             "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2), "resumed": args.resume}
+    write_json(path.with_suffix(".json"), about)  # measuring can take long; the model is safe already
     write_json(path.with_suffix(".json"), about | {"metrics": module.evaluate(model)})
     print(f"{path}: trained in {about['minutes']} minutes; "
           f"how it was made and its metrics: {path.with_suffix('.json')}")
@@ -113,7 +118,7 @@ def do_results(args):
     "Run the slow experiments of a paper that are not stored yet."
     from diffusion_papers.core.evidence import run_experiments
     module = paper(args.paper)
-    results = run_experiments(args.paper, module.EXPERIMENTS, module.run_experiment)
+    results = run_experiments(args.paper, module.EXPERIMENTS, module.STUDIES)
     print(f"data/results/{args.paper}.json: {len(results['experiments'])} experiments")
 
 
@@ -126,8 +131,8 @@ def do_demo(args):
 
 def do_bench(args):
     "Time a paper's parts against straightforward ways to do the same, and store the table."
-    from diffusion_papers.core.evidence import best_device, data_folder, machine, write_json
-    device = args.device or best_device()
+    from diffusion_papers.core.evidence import data_folder, machine, write_json
+    device = check_device(args.device)
     rows = paper(args.paper).benchmark(device)
     path = data_folder() / "benchmarks" / f"{args.paper}_{device}.json"
     write_json(path, {"command": f"make bench PAPER={args.paper}", "machine": machine(), "rows": rows})
@@ -137,9 +142,8 @@ def do_bench(args):
 
 def do_scale(args):
     "Build, train one step, save and resume every preset of a paper; memory and time are stored."
-    from diffusion_papers.core.evidence import best_device
     from diffusion_papers.core.scale import scale_table
-    for row in scale_table(args.paper, args.device or best_device()): print(row)
+    for row in scale_table(args.paper, check_device(args.device)): print(row)
 
 # %% ../nbs/command_line.ipynb #85c124c9
 def parser(
@@ -166,6 +170,7 @@ def parser(
         return each
 
     device = {"choices": ("cpu", "cuda"), "help": "where to compute; the best there is by default"}
+    on_cpu = {"choices": ("cpu", "cuda"), "default": "cpu", "help": "where to compute (default: cpu)"}
     overrides = {"nargs": "+", "action": "extend", "type": pair, "default": [], "metavar": "NAME=VALUE",
                  "help": "override any of the values below"}
     model = {"metavar": "FILE", "help": "a model.safetensors; what ships with the package by default"}
@@ -179,12 +184,13 @@ def parser(
             set=overrides, device=device,
             folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
             resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
+            workers={"type": int, "default": 0, "help": "processes that read data, for each GPU (default: none, read in between)"},
             output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
     command("sample", do_sample, arguments("sample"),
-            set=overrides, model=model, device=device | {"default": "cpu"},
+            set=overrides, model=model, device=on_cpu,
             output={"metavar": "FILE", "default": "samples.png", "help": "a PNG picture (default: samples.png)"})
     command("evaluate", do_evaluate, arguments("evaluate"),
-            set=overrides, model=model, device=device | {"default": "cpu"},
+            set=overrides, model=model, device=on_cpu,
             output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
     command("results", do_results,
             lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.")

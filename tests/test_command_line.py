@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_papers.core.registry import papers
 
-SMALL = ["base.steps=3", "head.steps=3", "base.checkpoint_every=2", "width=16", "blocks=1"]
+SMALL = ["diffusion.training.steps=3", "head.steps=3", "diffusion.training.checkpoint_every=2", "diffusion.mlp.width=16", "diffusion.mlp.blocks=1"]
 
 
 def command(*words):
@@ -21,7 +21,7 @@ def test_list_names_every_paper():
 
 def test_help_explains_every_field():
     done = command("train", "genie", "--help")
-    assert done.returncode == 0 and "base.lr" in done.stdout and "learning rate of Adam" in done.stdout
+    assert done.returncode == 0 and "diffusion.training.lr" in done.stdout and "learning rate of Adam" in done.stdout
     assert "striding" in command("sample", "genie", "--help").stdout
 
 
@@ -29,12 +29,12 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     run = ["train", "genie", "--folder", tmp_path / "run", "--device", "cpu", "--set", *SMALL]
     assert command(*run).returncode == 0
     about = json.loads((tmp_path / "run" / "model.json").read_text())
-    assert (about["config"]["base"]["steps"] == 3 and about["metrics"]
+    assert (about["config"]["diffusion"]["training"]["steps"] == 3 and about["metrics"]
             and about["command"].startswith("python -m diffusion_papers train genie"))
     again = command(*run)
     assert again.returncode == 1 and "resume" in again.stderr
-    other = command(*run[:-len(SMALL)], *SMALL, "base.steps=5", "--resume")
-    assert other.returncode == 1 and "base.steps was 3 and is 5" in other.stderr
+    other = command(*run[:-len(SMALL)], *SMALL, "diffusion.training.steps=5", "--resume")
+    assert other.returncode == 1 and "diffusion.training.steps was 3 and is 5" in other.stderr
     assert command(*run, "--resume").returncode == 0
     model = tmp_path / "run" / "model.safetensors"
     done = command("evaluate", "genie", "--model", model, "--set", "count=20", "budgets=(5,)",

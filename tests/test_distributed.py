@@ -1,35 +1,61 @@
-"""Two processes train what one would have trained."""
+"""Two processes train, draw and measure what one would have."""
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from diffusion_papers.core.checkpoints import load_checkpoint
+from diffusion_papers.core.generation import Generated
 
 PROGRAM = """
 import functools, sys
 import torch
 from diffusion_papers import genie
 from diffusion_papers.core.data import TensorSet, digits
+from diffusion_papers.core.diffusion import diffusion_loss
 from diffusion_papers.core.training import fit
 
-config = genie.CONFIGS["cpu"].override(**{"width": 32, "blocks": 2, "base.steps": 30, "base.batch_size": 24, "base.accumulate": int(sys.argv[2])})
+config = genie.CONFIGS["cpu"].override(**{"diffusion.mlp.width": 32, "diffusion.mlp.blocks": 2, "diffusion.training.steps": 30, "diffusion.training.batch_size": 24, "diffusion.training.accumulate": int(sys.argv[2])})
 data = digits()[:]
 denoiser = genie.build(config).denoiser.double()
 data = TensorSet(data["x0"].double(), class_label=data["class_label"])
-fit(denoiser, functools.partial(genie.base_loss, config=config), data, config.base, folder=sys.argv[1], device="cpu")
+fit(denoiser, functools.partial(diffusion_loss, config=config.diffusion), data, config.diffusion.training, folder=sys.argv[1], device="cpu")
 """
 
 
-def trained(folder, processes, accumulate=1):
+GENERATE = """
+import sys, torch
+from diffusion_papers import genie
+from diffusion_papers.core.data import digits
+from diffusion_papers.core.generation import generate, noise_for
+from diffusion_papers.core.training import start_accelerator
+
+model = genie.load_pretrained()
+draw = lambda piece: {"x0": genie.sample(model, x_T=noise_for(piece, model.shape), calls=3)}
+generate(draw, 70, sys.argv[1] + "/samples", size=16, about={"calls": 3}, device="cpu")
+pixels = lambda images: images.flatten(1).double() / 255
+truth = genie.data_moments(digits(), pixels, device="cpu")
+distance = genie.fid(model, pixels, truth, 300, size=40, calls=3, device="cpu")
+if start_accelerator("cpu").is_main_process: torch.save(torch.tensor(distance, dtype=torch.float64), sys.argv[1] + "/distance.pt")
+"""
+
+
+def launcher(processes):
+    return [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+
+
+def launched(program_text, folder, processes, *more):
+    folder.mkdir(exist_ok=True)
     program = folder.parent / "program.py"
-    program.write_text(PROGRAM)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    words = [*launcher, program, folder, str(accumulate)] if processes > 1 else [sys.executable, program, folder, str(accumulate)]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    program.write_text(program_text)
+    words = [*(launcher(processes) if processes > 1 else [sys.executable]), program, folder, *more]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def trained(folder, processes, accumulate=1):
+    launched(PROGRAM, folder, processes, accumulate)
     return load_checkpoint(folder / "run.safetensors")[0]
 
 
@@ -40,3 +66,26 @@ def test_two_processes_equal_one(tmp_path):
     assert 0 <= difference < 1e-6
     pieces = trained(tmp_path / "pieces", 2, accumulate=3)
     assert max((one[name] - pieces[name]).abs().max().item() for name in one if name.startswith(("model", "average"))) < 1e-6
+
+
+def test_two_processes_draw_and_measure_what_one_does(tmp_path):
+    for processes in (1, 2): launched(GENERATE, tmp_path / str(processes), processes)
+    one, two = (Generated(tmp_path / str(processes) / "samples").__getitems__(range(70))["x0"] for processes in (1, 2))
+    assert torch.equal(one, two)
+    one, two = (torch.load(tmp_path / str(processes) / "distance.pt").item() for processes in (1, 2))
+    assert abs(one / two - 1) < 1e-9
+
+
+def test_the_command_line_trains_with_two_processes(tmp_path):
+    words = ["-m", "diffusion_papers", "train", "genie", "--device", "cpu", "--folder", "FOLDER", "--set", "diffusion.training.steps=3", "head.steps=2",
+             "diffusion.mlp.width=16", "diffusion.mlp.blocks=1", "diffusion.training.batch_size=16", "head.batch_size=16", "evaluated=20"]
+    models = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        launch = launcher(processes) if processes > 1 else [sys.executable]
+        named = ["--module", *words[1:]] if processes > 1 else words
+        done = subprocess.run([str(folder) if word == "FOLDER" else word for word in [*launch, *named]], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        models.append(load_checkpoint(folder / "model.safetensors")[0])
+    difference = max((models[0][name] - models[1][name]).abs().max().item() for name in models[0])
+    assert difference < 1e-5  # in float32

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from diffusion_papers import genie
+from diffusion_papers.core.diffusion import train_denoiser
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 
-CONFIG = ("genie.CONFIGS['cpu'].override(**{'width': 32, 'blocks': 1, 'base.steps': 4000, 'head.steps': 2, "
-          "'base.checkpoint_every': 3, 'base.batch_size': 16, 'head.batch_size': 16})")
+CONFIG = ("genie.CONFIGS['cpu'].override(**{'diffusion.mlp.width': 32, 'diffusion.mlp.blocks': 1, 'diffusion.training.steps': 4000, 'head.steps': 2, "
+          "'diffusion.training.checkpoint_every': 3, 'diffusion.training.batch_size': 16, 'head.batch_size': 16})")
 PROGRAM = f"""
 import sys
 from diffusion_papers import genie
-network = genie.train_network({CONFIG}, folder=sys.argv[1], resume=True, device="cpu")
+from diffusion_papers.core.diffusion import train_denoiser
+network = train_denoiser({CONFIG}.diffusion, folder=sys.argv[1], resume=True, device="cpu")
 """
 
 
@@ -56,8 +58,8 @@ def test_resumed_head_is_bit_identical(tmp_path):
     def stop(step, loss):
         if step == 7: raise Stop
     config = genie.CONFIGS["cpu"].override(
-        **{"width": 32, "blocks": 1, "base.steps": 2, "head.steps": 20, "head.checkpoint_every": 5})
-    network = genie.train_network(config, device="cpu")
+        **{"diffusion.mlp.width": 32, "diffusion.mlp.blocks": 1, "diffusion.training.steps": 2, "head.steps": 20, "head.checkpoint_every": 5})
+    network = train_denoiser(config.diffusion, device="cpu")
     undisturbed = genie.train_head(config, network, device="cpu")
     with pytest.raises(Stop): genie.train_head(config, network, device="cpu", folder=tmp_path, callback=stop)
     resumed = genie.train_head(config, network, device="cpu", folder=tmp_path, resume=True)
@@ -66,7 +68,7 @@ def test_resumed_head_is_bit_identical(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    genie.save_model(tmp_path / "model.safetensors", genie.build(genie.CONFIGS["cpu"].override(width=16, blocks=1)))
+    genie.save_model(tmp_path / "model.safetensors", genie.build(genie.CONFIGS["cpu"].override(**{"diffusion.mlp.width": 16, "diffusion.mlp.blocks": 1})))
     return tmp_path / "model.safetensors"
 
 

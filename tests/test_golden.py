@@ -46,37 +46,66 @@ def test_golden_case(slug, case):
     for name in sorted(computed): module.compare(case, name, computed[name], arrays[name])
 
 
-ADM = dict(image_size=64, width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(8,))
-PUBLISHED = {  # file -> family, sizes, number of parameters
-    "cifar10": ("ddpmpp", dict(blocks=8, dropout=0.1), 106_632_579),
-    "church-and-bedroom": ("ddpm", dict(image_size=128, multipliers=(1, 1, 2, 2, 4, 4, 4)), 148_029_955),
-    "imagenet64": ("adm", ADM, 281_820_099),
-    "imagenet64-cond": ("adm", ADM | dict(classes=1000, null_class=False), 282_588_099),
-    "cats128": ("adm", ADM | dict(image_size=128, multipliers=(1, 2, 2, 3, 3), blocks=2, attention=(16, 8)), 200_436_483),
-    "cats-upsampler": ("adm", dict(image_size=512, conditioning=3, width=96, multipliers=(1, 1, 2, 2, 3, 3, 4), attention=(16, 8),
-                                   head_width=32, augmented=True), 80_230_179),
+PUBLISHED = {  # preset -> the manifests' names, parameters of the network and of the head
+    "cifar10": ("cifar10", "cifar10", 106_632_579, 526_473),
+    "church": ("church-and-bedroom", "church", 148_029_955, 526_729),
+    "bedroom": ("church-and-bedroom", "bedroom", 148_029_955, 526_473),
+    "imagenet64": ("imagenet64", "imagenet64", 281_820_099, 1_170_633),
+    "imagenet64_cond": ("imagenet64-cond", "imagenet64-cond", 282_588_099, 1_170_633),
+    "cats128": ("cats128", "cats128", 200_436_483, 1_170_633),
+    "cats512": ("cats-upsampler", "cats-upsampler", 80_230_179, 302_217),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_networks_have_the_authors_tensors(name):
-    family, sizes, count = PUBLISHED[name]
-    with torch.device("meta"): network = UNet(unet_config(family, **sizes))
-    manifest = json.loads((FOLDER.parent / "manifests" / f"genie-{name}-diffusion.json").read_text())
-    pairs, state = authors_keys(network, family), network.state_dict()
-    assert [theirs for _, theirs in pairs] == list(manifest)
-    assert {theirs: list(state[ours].shape) for ours, theirs in pairs} == manifest
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_configurations_have_the_authors_tensors(preset):
+    of_network, of_head, network_count, head_count = PUBLISHED[preset]
+    config = genie.CONFIGS[preset]
+    with torch.device("meta"): model = genie.build(config)
+    network, head = model.denoiser.network, model.head.body
+    for module, pairs, name, count in (
+            (network, authors_keys(network, config.family), f"genie-{of_network}-diffusion", network_count),
+            (head, genie.head_authors_keys(head), f"genie-{of_head}-head", head_count)):
+        manifest = json.loads((FOLDER.parent / "manifests" / f"{name}.json").read_text())
+        state = module.state_dict()
+        assert [theirs for _, theirs in pairs] == list(manifest)
+        assert {theirs: list(state[ours].shape) for ours, theirs in pairs} == manifest
+        assert sum(parameter.numel() for parameter in module.parameters()) == count
+
+
+@pytest.mark.parametrize("name, sizes, count", [
+    ("cifar10", dict(width=256, multipliers=(1, 1, 1), blocks=3, attention=(16, 8), dropout=0.2), 60_004_099),
+    ("imagenet64", dict(image_size=64, width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_width=64, classes=1000),
+     295_900_035)])
+def test_distillation_networks_have_the_authors_tensors(name, sizes, count):
+    "As far as the network goes: the file lists a student, whose temporal layers stand between the network's modules."
+    with torch.device("meta"): network = UNet(unet_config("distillation", **sizes))
+    manifest = json.loads((FOLDER.parent / "manifests" / f"dfno-{name}.json").read_text())
+    unnumbered = lambda name: name.split(".", 2)[2]  # without all_modules.NUMBER
+    expected = [(unnumbered(theirs), shape) for theirs, shape in manifest.items() if "t_conv" not in theirs]
+    state = network.state_dict()
+    assert [(unnumbered(theirs), list(state[ours].shape)) for ours, theirs in authors_keys(network, "distillation")] == expected
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
-@pytest.mark.parametrize("name, width, conditioning, feature_norm, count", [
-    ("cifar10", 128, 0, False, 526_473), ("church", 128, 0, True, 526_729), ("bedroom", 128, 0, False, 526_473),
-    ("imagenet64", 192, 0, False, 1_170_633), ("imagenet64-cond", 192, 0, False, 1_170_633),
-    ("cats128", 192, 0, False, 1_170_633), ("cats-upsampler", 96, 3, False, 302_217)])
-def test_published_heads_have_the_authors_tensors(name, width, conditioning, feature_norm, count):
-    with torch.device("meta"): head = genie.ConvHead(width, 3, conditioning, feature_norm)
-    manifest = json.loads((FOLDER.parent / "manifests" / f"genie-{name}-head.json").read_text())
-    state = head.state_dict()
-    assert [theirs for _, theirs in genie.head_authors_keys(head)] == list(manifest)
-    assert {theirs: list(state[ours].shape) for ours, theirs in genie.head_authors_keys(head)} == manifest
-    assert sum(parameter.numel() for parameter in head.parameters()) == count
+def test_authors_files_arrive_in_network_and_head(tmp_path):
+    "Two files in the authors' layout, of a small up-sampler with a normalised head: the average for the one, plain weights for the other."
+    config = genie.CONFIGS["cats512"].override(**{"diffusion.unet.image_size": 32, "diffusion.unet.width": 32, "diffusion.unet.multipliers": (1, 2), "diffusion.unet.blocks": 1,
+                                                  "diffusion.unet.attention": (16,), "diffusion.unet.head_width": 16, "diffusion.low_size": 16, "head_norm": True})
+    model = genie.build(config.override(seed=1))
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=0.2)
+    network, head = model.denoiser.network, model.head.body
+    state, pairs = network.state_dict(), authors_keys(network, "adm")
+    frozen = {theirs for _, theirs in pairs if theirs.endswith(".W")}
+    assert len(frozen) == 2
+    raw = {f"module.{theirs}": state[ours] if theirs in frozen else torch.zeros_like(state[ours]) for ours, theirs in pairs}
+    torch.save({"model": raw | {"module.sigmas": torch.ones(3)}, "optimizer": {"state": {}}, "step": 5,
+                "ema": {"decay": 0.9999, "num_updates": 5, "shadow_params": [state[ours] for ours, theirs in pairs if theirs not in frozen]}},
+               tmp_path / "checkpoint_5.pth")
+    weights = head.state_dict()
+    torch.save({"model": {f"module.{theirs}": weights[ours] for ours, theirs in genie.head_authors_keys(head)}, "step": 5}, tmp_path / "genie_5.pth")
+    loaded = genie.load_authors_checkpoint(tmp_path / "checkpoint_5.pth", tmp_path / "genie_5.pth", config)
+    low = torch.rand(2, 3, 16, 16)
+    assert torch.equal(genie.upsample(loaded, low, calls=3), genie.upsample(model.eval(), low, calls=3))
+    with pytest.raises(ValueError, match="genie_5.pth: lacks"):
+        genie.load_authors_checkpoint(tmp_path / "checkpoint_5.pth", tmp_path / "genie_5.pth", config.override(head_norm=False))

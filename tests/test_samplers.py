@@ -6,11 +6,11 @@ from hypothesis import given, settings, strategies as st
 from diffusion_papers import genie
 from diffusion_papers.core.analytic import gaussian_denoiser, mixture_denoiser, ring
 from diffusion_papers.core.denoisers import guided
-from diffusion_papers.core.processes import EDM, CosineVP, DiscreteVP, LinearVP, VarianceExploding
+from diffusion_papers.core.processes import EDM, BoundedCosineVP, CosineVP, DiscreteVP, LinearVP, VarianceExploding
 from diffusion_papers.core.samplers import (Counted, dpm_solver_pp, euler, exact_slope, heun,
                                             sigma_grid, taylor, time_grid)
 
-PROCESSES = [LinearVP(), CosineVP(), DiscreteVP.linear(), DiscreteVP.cosine(), VarianceExploding(), EDM()]
+PROCESSES = [LinearVP(), CosineVP(), BoundedCosineVP(), DiscreteVP.linear(), DiscreteVP.cosine(), VarianceExploding(), EDM()]
 
 
 @pytest.fixture(scope="module")

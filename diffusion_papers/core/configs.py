@@ -36,15 +36,16 @@ class Config:
     ):             # a new configuration; this one is unchanged
         "A copy with some fields replaced. Texts are converted to the field's type (`ValueError` where they cannot be)."
         types = {f.name: f.type for f in fields(self)}
-        new = {}
+        new, within = {}, {}  # what lies in one configuration is replaced at once: its fields must fit together
         for path, value in values.items():
             name, *inner = path.split(".", 1)
             check_choice(name, f"{type(self).__name__} field", types)
-            now = new.get(name, getattr(self, name))
+            now = getattr(self, name)
             if isinstance(now, Config) and (inner or isinstance(value, dict)):
-                new[name] = now.override(**({inner[0]: value} if inner else value))
+                within.setdefault(name, {}).update({inner[0]: value} if inner else value)
             elif inner: raise ValueError(f"{path}: {name} is not a configuration, it has no fields")
             else: new[name] = _converted(name, value, now, types[name])
+        for name, changes in within.items(): new[name] = new.get(name, getattr(self, name)).override(**changes)
         return replace(self, **new)
 
 # %% ../../nbs/core/02_configs.ipynb #7d77d906
@@ -53,12 +54,13 @@ def _converted(name, value, default, annotation):
     kind = type(default) if default is not None else None
     if kind is tuple and isinstance(value, list): return tuple(value)  # JSON has no tuples
     if kind is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)): return value
+    if kind is bool and value in ("true", "false"): return value == "true"
     try:
         parsed = ast.literal_eval(value) if isinstance(value, str) else value
         if kind is float and isinstance(parsed, (int, float)) and not isinstance(parsed, bool): return float(parsed)
         if kind is int and isinstance(parsed, float) and parsed == int(parsed): return int(parsed)  # 1e5 steps
         if isinstance(parsed, kind) and not (kind is int and isinstance(parsed, bool)): return parsed
-    except (ValueError, SyntaxError): pass
+    except (ValueError, SyntaxError, TypeError, OverflowError): pass
     expected = annotation if isinstance(annotation, str) else annotation.__name__
     raise ValueError(f"{name}: expected {expected}, got {value!r}")
 

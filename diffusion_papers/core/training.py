@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'lr_factor', 'step_seed', 'Batches', 'Draws', 'update_average', 'save_run', 'load_run',
-           'claim_folder', 'Objective', 'start_accelerator', 'collate', 'fit']
+           'claim_folder', 'Objective', 'processes', 'start_accelerator', 'collate', 'to_device', 'fit']
 
 # %% ../../nbs/core/10_training.ipynb #5781235b
 import copy
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
-from .checks import check_choice, check_range, require
+from .checkpoints import CheckpointError, check_fits, load_checkpoint, load_into, save_checkpoint
+from .checks import check_choice, check_device, check_range, require
 from .configs import Config
 from .evidence import write_json
 
@@ -33,13 +33,15 @@ class TrainingConfig(Config):
     batch_size: int = 128         # samples a step, over all processes
     lr: float = 2e-3              # learning rate of Adam
     warmup: int = 0               # steps over which the learning rate rises linearly from 0
-    decay: str = "constant"       # afterwards: "constant", or falling to 0 by "linear" or "cosine"
-    decay_steps: int = 0          # step at which it reaches 0; 0 is `steps`
+    decay: str = "constant"       # afterwards: "constant", falling to 0 by "linear" or "cosine", or "halving"
+    decay_steps: int = 0          # step at which it reaches 0, or between two halvings; 0 is `steps`
     weight_decay: float = 0.0     # of AdamW; 0 is Adam
     clip: float = 1.0             # largest norm of the gradient
     ema: float = 0.999            # decay of the average of the weights, in [0, 1); smaller in the first steps
     accumulate: int = 1           # pieces of a batch that are computed one after another, to save memory
     precision: str = "no"         # mixed precision: "no", "bf16" or "fp16"
+    channels_last: bool = False   # images and convolutions with the channels last in memory: faster on GPUs
+    compile: bool = False         # compile the network: faster on GPUs, after a minute of compilation
     seed: int = 0                 # of the order of the data, of the noise and of dropout
     checkpoint_every: int = 500   # steps between checkpoints
 
@@ -47,8 +49,9 @@ class TrainingConfig(Config):
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"): check_range(getattr(self, name), name, 1)
         check_range(self.ema, "ema", 0.0, 1 - 1e-9)
         check_range(self.lr, "lr", 0.0)
-        check_range(self.warmup, "warmup", 0)
-        check_choice(self.decay, "decay", ("constant", "linear", "cosine"))
+        check_range(self.warmup, "warmup", 0); check_range(self.decay_steps, "decay_steps", 0)
+        if self.clip <= 0: raise ValueError(f"clip: expected a norm above 0, got {self.clip}")
+        check_choice(self.decay, "decay", ("constant", "linear", "cosine", "halving"))
         check_choice(self.precision, "precision", ("no", "bf16", "fp16"))
 
 # %% ../../nbs/core/10_training.ipynb #e8848e01
@@ -56,10 +59,12 @@ def lr_factor(
     config: TrainingConfig,  # says how the learning rate moves
     step: int,               # steps already taken
 ) -> float:                  # what the peak learning rate is multiplied by, in [0, 1]
-    "The learning rate's course: a linear rise, then constant, linear or cosine."
+    "The learning rate's course: a linear rise, then constant, linear, cosine or halving."
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    progress = min(1.0, step / (config.decay_steps or config.steps))
-    fall = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
+    span = config.decay_steps or config.steps
+    progress = min(1.0, step / span)
+    fall = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "halving": 0.5 ** (step // span)}[config.decay]
     return rise * fall
 
 # %% ../../nbs/core/10_training.ipynb #d82d1ce8
@@ -153,13 +158,14 @@ def save_run(
     optimizer: torch.optim.Optimizer,  # its moments
     config: TrainingConfig,            # for the check when it is resumed
     step: int,                         # steps taken
+    scale: dict,                       # state of the loss's scale, which "fp16" has
 ):
     "Write all that the next step depends on, atomically."
     moments = {f"optimizer.{index}.{name}": value
                for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
     named = lambda prefix, module: {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     save_checkpoint(path, named("model", model) | named("average", average) | moments,
-                    {"kind": "training run", "step": step, "config": config.to_dict()})
+                    {"kind": "training run", "step": step, "config": config.to_dict(), "scale": scale})
 
 
 def load_run(
@@ -167,26 +173,39 @@ def load_run(
     model: nn.Module,                  # receives the weights
     average: nn.Module,                # receives their average
     optimizer: torch.optim.Optimizer,  # receives its moments
-    config: TrainingConfig,            # must be that of the run, but for `steps` and `checkpoint_every`
-) -> int:                              # steps taken
+    config: TrainingConfig,            # must be that of the run, but for `checkpoint_every`, and `steps` where no course depends on it
+) -> tuple:                            # steps taken, state of the loss's scale
     "Restore a run; nothing is changed unless all of it fits (`CheckpointError`)."
     tensors, about = load_checkpoint(path)
     if about.get("kind") != "training run":
         raise CheckpointError(f"{path}: expected a training run, got {about.get('kind', 'something else')}")
-    free = ("steps", "checkpoint_every")
-    changed = [f"{name} was {about['config'].get(name)!r} and is {value!r}" for name, value in config.to_dict().items()
-               if name not in free and type(config).from_dict(about["config"]).to_dict()[name] != value]
+    try: before, step = type(config).from_dict(about["config"]).to_dict(), int(about["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description is not that of a run ({error})") from error
+    free = {"checkpoint_every"} | ({"steps"} if config.decay == "constant" or config.decay_steps else set())
+    if step > config.steps: raise CheckpointError(f"{path}: the run has taken {step} steps already, more than {config.steps}")
+    changed = [f"{name} was {before[name]!r} and is {value!r}" for name, value in config.to_dict().items()
+               if name not in free and before[name] != value]
     if changed: raise CheckpointError(f"{path}: the run has another configuration: {', '.join(changed)}")
     under = lambda prefix: {name.removeprefix(prefix): value
                             for name, value in tensors.items() if name.startswith(prefix)}
-    load_into(average, under("average."), f"{path.name}, average")
-    load_into(model, under("model."), f"{path.name}, model")
+    odd = [name for name in tensors if not name.startswith(("model.", "average.", "optimizer."))]
+    if odd: raise CheckpointError(f"{path.name}: has {odd[0]}, which is no part of a run")
     state = {}
     for name, value in under("optimizer.").items():
         index, kind = name.split(".", 1)
-        state.setdefault(int(index), {})[kind] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return about["step"]
+        state.setdefault(index, {})[kind] = value
+    expected = {str(index): {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
+                for index, p in enumerate(optimizer.param_groups[0]["params"])}
+    sound = lambda value: value.is_floating_point() and torch.isfinite(value).all()
+    found = {index: {kind: value.shape for kind, value in moments.items() if sound(value)} for index, moments in state.items()}
+    if found != expected: raise CheckpointError(f"{path.name}: its optimizer's moments are not those of this model")
+    check_fits(average, under("average."), f"{path.name}, average")
+    load_into(model, under("model."), f"{path.name}, model")
+    load_into(average, under("average."), f"{path.name}, average")
+    optimizer.load_state_dict({"state": {int(index): moments for index, moments in state.items()},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+    return step, about.get("scale", {})
 
 # %% ../../nbs/core/10_training.ipynb #d700ab7e
 def claim_folder(
@@ -199,7 +218,7 @@ def claim_folder(
             if isinstance(value, dict): yield from flat(value, f"{prefix}{name}.")
             else: yield prefix + name, value
     path, now = Path(folder) / "config.json", dict(flat(json.loads(json.dumps(config.to_dict()))))
-    if not path.is_file(): return write_json(path, config.to_dict())
+    if not any(Path(folder).rglob("run.safetensors")): return write_json(path, config.to_dict())
     before = dict(flat(json.loads(path.read_text(encoding="utf-8"))))
     changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in sorted(before.keys() | now.keys())
                if before.get(name) != now.get(name)]
@@ -212,20 +231,39 @@ class Objective(nn.Module):
     def forward(self, batch, draws): return self.loss(self.model, batch, draws).mean()
 
 
+def processes(
+    device: str | None=None,  # "cpu", "cuda", or None for the best there is
+):                            # accelerate's PartialState: number of processes, number and device of this one
+    "The processes that share this work, and where this one computes (`RuntimeError` where that cannot be had)."
+    state, kind = require("accelerate", "train").PartialState, check_device(device)
+    if state._shared_state and not torch.distributed.is_initialized() and state().device.type != kind:
+        state._reset_state()  # accelerate remembers the first device of a process
+    found = state(cpu=kind == "cpu")
+    if found.device.type != kind: raise RuntimeError(f"device: {kind!r} was asked for, but these processes run on {found.device}")
+    return found
+
+
 def start_accelerator(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
     precision: str="no",      # mixed precision
 ):                            # accelerate's Accelerator
-    "The processes and devices of this run (`RuntimeError` where there is no GPU)."
-    check_choice(device, "device", (None, "cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: 'cuda' was asked for, and PyTorch finds no GPU here; use 'cpu'")
-    return require("accelerate", "train").Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    "What distributes a training over processes and devices."
+    processes(device)
+    accelerate = require("accelerate", "train")
+    accelerate.state.AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
+    return accelerate.Accelerator(cpu=check_device(device) == "cpu", mixed_precision=precision)
 
 
 def collate(samples):
     "A batch of dictionaries; a data set with `__getitems__` has made one already."
     return samples if isinstance(samples, dict) else default_collate(samples)
+
+
+def to_device(batch, device, layout):
+    "A batch where it is needed; images (four dimensions) in the layout that the convolutions have."
+    return {name: value.to(device, non_blocking=True,
+                           memory_format=layout if value.ndim == 4 else torch.preserve_format)
+            for name, value in batch.items()}
 
 # %% ../../nbs/core/10_training.ipynb #47432dad
 def fit(
@@ -241,7 +279,7 @@ def fit(
     callback: Callable | None=None, # called with (step, mean loss since the last call) about a hundred times
     title: str="training",        # of the progress bar
 ) -> nn.Module:                   # the average of the weights, in evaluation mode
-    "Train a model. Killed at any moment and resumed, it ends with the same bits."
+    "Train a model. Killed at any moment and resumed by as many processes, it ends with the same bits, as far as the device computes alike twice: CPUs do."
     accelerator = start_accelerator(device, config.precision)
     pieces = accelerator.num_processes * config.accumulate
     if config.batch_size % pieces:
@@ -249,7 +287,8 @@ def fit(
                          f"got {config.batch_size}")
     mine = range(accelerator.process_index * config.accumulate, (accelerator.process_index + 1) * config.accumulate)
 
-    model.to(accelerator.device).train()
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model.to(accelerator.device, memory_format=layout).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
@@ -257,11 +296,14 @@ def fit(
     if path and path.is_file():
         if not resume:
             raise ValueError(f"folder: {path.parent} holds a run already; resume it, or choose another folder")
-        first = load_run(path, model, average, optimizer, config)
+        first, scale = load_run(path, model, average, optimizer, config)
+        if accelerator.scaler and scale: accelerator.scaler.load_state_dict(scale)
 
+    if config.compile: model.compile()
     objective, optimizer = accelerator.prepare(Objective(model, loss), optimizer)
     loader = iter(DataLoader(data, batch_sampler=Batches(len(data), config, first, pieces, mine), num_workers=workers,
-                             collate_fn=collate, pin_memory=accelerator.device.type == "cuda"))
+                             collate_fn=collate, pin_memory=accelerator.device.type == "cuda",
+                             generator=torch.Generator().manual_seed(config.seed)))  # of the workers' own seeds
     report_every = max(1, config.steps // 100)
     total, counted = torch.zeros((), device=accelerator.device), 0
     bar = require("tqdm", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title,
@@ -273,7 +315,7 @@ def fit(
                 torch.manual_seed(step_seed(config.seed, 1, step, piece))  # dropout
                 draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)),
                               pieces, piece)
-                batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(loader).items()}
+                batch = to_device(next(loader), accelerator.device, layout)
                 # processes talk once a step
                 with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):
                     value = objective(batch, draws) / config.accumulate
@@ -287,13 +329,18 @@ def fit(
             mean = accelerator.reduce(total, "mean").item() / counted
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean} between steps {step + 2 - counted} and {step + 1}; "
-                                         "the last checkpoint, if any, is untouched")
+                                         "the last checkpoint, if any, was written before")
+            broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+            if broken:
+                raise FloatingPointError(f"{broken[0]} is not finite after step {step + 1}, though the loss was; "
+                                         "the last checkpoint, if any, was written before")
             rate = (bar.format_dict["rate"] or 0) * config.batch_size
             bar.set_postfix_str(f"loss {mean:.4g}, {rate:,.0f} samples/s")
             if callback: callback(step + 1, mean)
             total.zero_(); counted = 0
             if (path and accelerator.is_main_process
                     and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)):
-                save_run(path, model, average, optimizer, config, step + 1)
+                save_run(path, model, average, optimizer, config, step + 1,
+                         accelerator.scaler.state_dict() if accelerator.scaler else {})
     accelerator.wait_for_everyone()
     return average
