@@ -666,7 +666,7 @@ def reference_samples(
     "A fine solution of the same equation."
     return integrate("heun", walk or model.walk("heun"), x_T, model.process, steps)
 
-
+# %% ../nbs/papers/01_genie.ipynb #ac20b34a
 def head_error(
     model: Genie,         # the model
     x0: torch.Tensor,     # clean data (B, *shape)
@@ -683,7 +683,7 @@ def head_error(
         return (distillation_loss(model.denoiser, model.head, x0, sigma, noise, **cond).sum()
                 / distillation_loss(model.denoiser, silent, x0, sigma, noise, **cond).sum()).item()
 
-
+# %% ../nbs/papers/01_genie.ipynb #caa97474
 def distance_to_data(
     config: DiffusionConfig, # of a model
 ) -> Callable:            # samples (N, C, H, W) -> squared Frechet distance, or None where pictures are too large for it
@@ -710,7 +710,7 @@ def conditions_for(
         cond |= small_image(model, low[torch.arange(count) % len(low)])
     return {name: value.to(model.device) for name, value in cond.items()}
 
-
+# %% ../nbs/papers/01_genie.ipynb #c8536b6f
 def evaluate(
     model: Genie,                          # the model
     count: int | None=None,                # number of samples; None is the configuration's

@@ -74,7 +74,7 @@ def generate(
     ours.wait_for_everyone()
     return Generated(folder)
 
-
+# %% ../../nbs/core/18_generation.ipynb #46f6af56
 class Generated(Dataset):
     "What `generate` wrote, as a data set that is read from the disk sample by sample (memory-mapped)."
 
