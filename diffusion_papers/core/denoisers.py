@@ -60,13 +60,17 @@ class Denoiser(nn.Module):
         self.prediction = check_choice(prediction, "prediction", PREDICTIONS)
         self.label = check_choice(label, "label", LABELS)
 
+    def label_at(self, sigma):
+        "How the network is told a noise-to-signal ratio, (B,) in float64."
+        sigma = sigma.double()
+        if self.label == "time": return self.process.time_at(sigma)
+        return torch.log(sigma) / 4 if self.label == "log_sigma" else torch.atan(sigma) * (2 / math.pi)
+
     def coefficients(self, x, sigma):
         "c_skip, c_out, c_in shaped for x, and the label (B,) in the dtype of x."
         sigma = sigma.double()
-        if self.label == "time": label = self.process.time_at(sigma)
-        else: label = torch.log(sigma) / 4 if self.label == "log_sigma" else torch.atan(sigma) * (2 / math.pi)
         coefficients = preconditioning(self.prediction, self.process.alpha_at(sigma), sigma, self.data_std)
-        return *(per_sample(c, x) for c in coefficients), label.to(x.dtype)
+        return *(per_sample(c, x) for c in coefficients), self.label_at(sigma).to(x.dtype)
 
     def forward(
         self,

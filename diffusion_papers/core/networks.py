@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PARTS', 'FourierEmbedding', 'ResidualBlock', 'check_classes', 'MLPConfig', 'ResidualMLP', 'UNetConfig',
            'unet_config', 'variance_scaling', 'group_norm', 'resample', 'ConvBlock', 'Matrix', 'Attention',
-           'Downsample', 'Upsample', 'NoiseEmbedding', 'Level', 'check_unet_inputs', 'UNet', 'leaves',
-           'modules_in_order', 'authors_keys', 'authors_tensors', 'load_authors_network']
+           'Downsample', 'Upsample', 'sinusoids', 'NoiseEmbedding', 'OneHotLinear', 'class_embedding', 'Level',
+           'check_unet_inputs', 'UNetParts', 'UNet', 'leaves', 'modules_in_order', 'authors_keys', 'authors_tensors',
+           'load_authors_network']
 
 # %% ../../nbs/core/07_networks.ipynb #407a95b1
 import math
@@ -159,6 +160,7 @@ class UNetConfig(Config):
     conditioning: int = 0              # channels of a conditioning image that is put beside the input
     out_channels: int = 3              # of the output
     width: int = 128                   # channels of the first level
+    embedding_width: int = 0           # features of the noise level's embedding; 0 is four times the width
     multipliers: tuple = (1, 2, 2, 2)  # channels of each level, in units of the width
     blocks: int = 2                    # residual blocks a level on the way down; one more on the way up
     attention: tuple = (16,)           # resolutions (pixels) with attention; the middle always has it
@@ -167,9 +169,9 @@ class UNetConfig(Config):
     null_class: bool = True            # whether the index `classes` is one more class, "none"
     augmented: bool = False            # whether the noise level of a conditioning image is told, too
     checkpointing: bool = False        # recompute blocks in the backward pass: less memory, more time
-    embedding: str = "sinusoidal"      # of the noise level; or "fourier": random frequencies, of its logarithm
+    embedding: str = "sinusoidal"      # of the noise level; "cosines_first" (ADM's); "fourier": random, of its logarithm
     time_scale: float = 1.0            # the noise level is multiplied by this before it is embedded
-    norm_groups: str = "all"           # of group norms: "all" is 32, "quarter" a quarter of the channels, 32 at most
+    norm_groups: str = "all"           # of group norms: "all" is 32, "quarter" C / 4 but 32 at most; or so in "blocks" alone
     norm_eps: float = 1e-6             # of group norms
     injection: str = "add"             # how blocks take the embedding; or "scale_shift", after the second norm
     resampling: str = "block"          # between levels: inside a residual "block", or by a "conv"
@@ -177,16 +179,17 @@ class UNetConfig(Config):
     skip_projection: str = "channels"  # 1x1 conv on a skip where the "channels" change; or also where it "resamples"
     skip_form: str = "conv"            # how that map of a skip is stored: as a 1x1 "conv", or as a "matrix"
     projections: str = "separate"      # query, key, value: "separate" convs, "matrices", a "joint" 1-D conv or "joint_matrix"
-    class_form: str = "table"          # the embedding of classes: a "table", or a "linear" map of the one-hot vector
+    class_form: str = "table"          # of classes: a "table", an "early" one, or a "linear" map of the one-hot vector
     head_width: int = 0                # channels of an attention head; 0 is a single head
     qkv_order: str = "parts_first"     # of a joint projection; or "heads_first", as older checkpoints have it
     attention_up: str = "every"        # attention on the way up: after "every" block, or after the "last" of a level
 
     def __post_init__(self):
-        choices = {"embedding": ("sinusoidal", "fourier"), "norm_groups": ("all", "quarter"),
+        choices = {"embedding": ("sinusoidal", "cosines_first", "fourier"), "norm_groups": ("all", "quarter", "blocks"),
                    "injection": ("add", "scale_shift"), "resampling": ("block", "conv"),
                    "skip_projection": ("channels", "resamples"), "skip_form": ("conv", "matrix"),
-                   "projections": ("separate", "matrices", "joint", "joint_matrix"), "class_form": ("table", "linear"),
+                   "projections": ("separate", "matrices", "joint", "joint_matrix"),
+                   "class_form": ("table", "early", "linear"),
                    "qkv_order": ("parts_first", "heads_first"), "attention_up": ("every", "last")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
         attending = [m for level, m in enumerate(self.multipliers) if self.image_size >> level in self.attention]
@@ -196,6 +199,11 @@ class UNetConfig(Config):
         if self.image_size % 2 ** (len(self.multipliers) - 1):
             raise ValueError(f"image_size: expected a multiple of {2 ** (len(self.multipliers) - 1)}, "
                              f"got {self.image_size}")
+
+    @property
+    def embedded(self):
+        "Features of the embedding."
+        return self.embedding_width or 4 * self.width
 
     @property
     def shape(self):
@@ -212,7 +220,7 @@ FAMILIES = {
     # ADM (Dhariwal and Nichol 2021), told the logarithm of the noise level
     "adm": dict(embedding="fourier", norm_eps=1e-5, injection="scale_shift", projections="joint", head_width=64),
     # progressive distillation's (Salimans and Ho 2022), told a number in [0, 1], from which DFNO's students start
-    "distillation": dict(norm_groups="quarter", injection="scale_shift", projections="joint_matrix", skip_form="matrix",
+    "distillation": dict(norm_groups="blocks", injection="scale_shift", projections="joint_matrix", skip_form="matrix",
                          qkv_order="heads_first", class_form="linear", null_class=False, time_scale=1000.0),
 }
 
@@ -237,9 +245,10 @@ def variance_scaling(
     return layer
 
 
-def group_norm(channels, config):
-    "Group normalisation as the family has it."
-    groups = min(channels // 4, 32) if config.norm_groups == "quarter" else 32
+def group_norm(channels, config, in_block=False):
+    "Group normalisation as the family has it, inside of residual blocks or elsewhere."
+    quarter = config.norm_groups == "quarter" or config.norm_groups == "blocks" and in_block
+    groups = min(channels // 4, 32) if quarter else 32
     return nn.GroupNorm(groups, channels, config.norm_eps)
 
 
@@ -264,10 +273,10 @@ class ConvBlock(nn.Module):
         self.config, self.resampling = config, resampling
         conv = lambda c_in, c_out, size, scale=1.0: variance_scaling(
             nn.Conv2d(c_in, c_out, size, padding=size // 2), scale)
-        self.norm_in, self.conv_in = group_norm(channels_in, config), conv(channels_in, channels_out, 3)
+        self.norm_in, self.conv_in = group_norm(channels_in, config, True), conv(channels_in, channels_out, 3)
         injected = channels_out * (2 if config.injection == "scale_shift" else 1)
-        self.embed = variance_scaling(nn.Linear(4 * config.width, injected))
-        self.norm_out, self.conv_out = group_norm(channels_out, config), conv(channels_out, channels_out, 3, 0.0)
+        self.embed = variance_scaling(nn.Linear(config.embedded, injected))
+        self.norm_out, self.conv_out = group_norm(channels_out, config, True), conv(channels_out, channels_out, 3, 0.0)
         projected = channels_in != channels_out or (resampling and config.skip_projection == "resamples")
         make = Matrix if config.skip_form == "matrix" else lambda c_in, c_out: conv(c_in, c_out, 1)
         self.skip = make(channels_in, channels_out) if projected else None
@@ -348,8 +357,20 @@ class Upsample(nn.Module):
     def forward(self, x, embedding): return self.conv(resample(x, "up"))
 
 # %% ../../nbs/core/07_networks.ipynb #0ba098c2
+def sinusoids(
+    level: torch.Tensor,  # noise levels (B,)
+    size: int,            # number of waves, even
+    cosines_first: bool=False,  # ADM's order, and its slightly higher frequencies
+) -> torch.Tensor:        # (B, size)
+    "Sines and cosines of frequencies that fall from 1 to 1e-4 (in ADM to a little above it)."
+    half = size // 2
+    falling = torch.exp(-math.log(1e4) / (half - (not cosines_first)) * torch.arange(half, device=level.device))
+    angle = level[:, None] * falling.to(level.dtype)
+    return torch.cat([angle.cos(), angle.sin()] if cosines_first else [angle.sin(), angle.cos()], dim=1)
+
+
 class NoiseEmbedding(nn.Module):
-    "The noise level, and where wanted that of a conditioning image, as a vector of four times the width."
+    "The noise level, and where wanted that of a conditioning image, as a vector."
 
     def __init__(
         self,
@@ -361,20 +382,34 @@ class NoiseEmbedding(nn.Module):
             random = lambda: nn.Parameter(16 * torch.randn(config.width), requires_grad=False)
             self.frequencies, size = random(), 2 * config.width
             if config.augmented: self.augmentation_frequencies, size = random(), 2 * size
-        self.hidden = variance_scaling(nn.Linear(size, 4 * config.width))
-        self.output = variance_scaling(nn.Linear(4 * config.width, 4 * config.width))
+        self.hidden = variance_scaling(nn.Linear(size, config.embedded))
+        self.output = variance_scaling(nn.Linear(config.embedded, config.embedded))
 
-    def forward(self, level, augmentation=None):
-        if self.config.embedding == "fourier":
-            angle = lambda value, frequencies: 2 * math.pi * torch.log(value)[:, None] * frequencies
-            angles = [angle(level, self.frequencies)]
-            if self.config.augmented: angles.append(angle(augmentation, self.augmentation_frequencies))
-        else:
-            half = self.config.width // 2
-            falling = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=level.device))
-            angles = [self.config.time_scale * level[:, None] * falling.to(level.dtype)]
-        waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
-        return self.output(F.silu(self.hidden(waves)))
+    def waves(self, level, augmentation):
+        "The noise levels as waves of many frequencies."
+        config = self.config
+        if config.embedding != "fourier":
+            return sinusoids(config.time_scale * level, config.width, config.embedding == "cosines_first")
+        angle = lambda value, frequencies: 2 * math.pi * torch.log(value)[:, None] * frequencies
+        angles = [angle(level, self.frequencies)]
+        if config.augmented: angles.append(angle(augmentation, self.augmentation_frequencies))
+        return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+
+    def forward(self, level, augmentation=None, early=None):
+        waves = self.waves(level, augmentation)
+        return self.output(F.silu(self.hidden(waves if early is None else waves + early)))
+
+# %% ../../nbs/core/07_networks.ipynb #4becfd3c
+class OneHotLinear(nn.Linear):
+    "A linear map of the one-hot vector of a class."
+    def forward(self, class_label): return F.embedding(class_label, self.weight.T) + self.bias
+
+
+def class_embedding(config):
+    "What turns a class into a vector; an early one is added to the waves of the noise level."
+    known = config.classes + config.null_class
+    if config.class_form == "linear": return variance_scaling(OneHotLinear(known, config.embedded))
+    return nn.Embedding(known, config.width if config.class_form == "early" else config.embedded)
 
 # %% ../../nbs/core/07_networks.ipynb #8f8b1730
 class Level(nn.Module):
@@ -438,8 +473,8 @@ def check_unet_inputs(
     return check_classes(class_label, label, config.classes, config.null_class)
 
 # %% ../../nbs/core/07_networks.ipynb #9ac8fcaf
-class UNet(nn.Module):
-    "The U-Net of a configuration."
+class UNetParts(nn.Module):
+    "What the U-Net of a configuration is made of."
 
     def __init__(
         self,
@@ -449,10 +484,7 @@ class UNet(nn.Module):
         self.config, self.classes, self.width = config, config.classes, config.width
         self.shape = config.shape
         self.embedding = NoiseEmbedding(config)
-        known = config.classes + config.null_class
-        if config.classes: self.class_embedding = (
-            nn.Embedding(known, 4 * config.width) if config.class_form == "table"
-            else variance_scaling(nn.Linear(known, 4 * config.width)))
+        if config.classes: self.class_embedding = class_embedding(config)
         self.input = variance_scaling(nn.Conv2d(config.in_channels + config.conditioning, config.width, 3, padding=1))
         down, kept = _way_down(config)
         coarse = config.width * config.multipliers[-1]
@@ -464,10 +496,16 @@ class UNet(nn.Module):
         self.output_norm = group_norm(fine, config)
         self.output = variance_scaling(nn.Conv2d(fine, config.out_channels, 3, padding=1), 0.0)
 
-    def embed_class(self, class_label):
-        "The embedding of classes, (B, 4 width)."
-        if self.config.class_form == "table": return self.class_embedding(class_label)
-        return F.embedding(class_label, self.class_embedding.weight.T) + self.class_embedding.bias
+    def embed(self, label, class_label=None, augmentation=None):
+        "The embedding of the noise level and of the class."
+        if class_label is None: return self.embedding(label, augmentation)
+        vector = self.class_embedding(class_label)
+        if self.config.class_form == "early": return self.embedding(label, augmentation, vector)
+        return self.embedding(label, augmentation) + vector
+
+# %% ../../nbs/core/07_networks.ipynb #327d48ba
+class UNet(UNetParts):
+    "The U-Net of a configuration."
 
     def run(self, module, *inputs):
         "One module; recomputed in the backward pass where the configuration says so."
@@ -482,11 +520,10 @@ class UNet(nn.Module):
         condition: torch.Tensor | None=None,     # conditioning image (B, conditioning, H, W)
         augmentation: torch.Tensor | None=None,  # noise level of the conditioning image (B,), where `augmented`
         after: Callable | None=None,             # (feature map, stage number) -> feature map, after every stage
-    ):                        # output (B, out_channels, H, W), features (B, C, H, W), embedding (B, 4 width)
+    ):                        # output (B, out_channels, H, W), features (B, C, H, W), embedding (B, embedded)
         "The output together with the features before the last norm, and the embedding."
         class_label = check_unet_inputs(self.config, x, label, class_label, condition, augmentation)
-        embedding = self.embedding(label, augmentation)
-        if class_label is not None: embedding = embedding + self.embed_class(class_label)
+        embedding = self.embed(label, class_label, augmentation)
         if condition is not None: x = torch.cat([x, condition], dim=1)
         numbers = count()
         def stage(hidden, block, attention):
@@ -557,9 +594,11 @@ def modules_in_order(
     named = {module: name for name, module in network.named_modules()}
     levels = lambda way: [module for level in way
                           for module in [part for stage in level.stages() for part in stage] + [level.resampling]]
+    embedding = [network.embedding.hidden, network.embedding.output]
     classes = [network.class_embedding] if network.classes else []
-    ordered = [network.embedding.hidden, network.embedding.output, *classes, network.input, *levels(network.down),
-               *network.middle, *levels(network.up), network.output_norm, network.output]
+    first = classes + embedding if network.config.class_form == "early" else embedding + classes
+    ordered = [*first, network.input, *levels(network.down), *network.middle, *levels(network.up),
+               network.output_norm, network.output]
     return [named[module] for module in ordered if module is not None]
 
 
@@ -580,7 +619,8 @@ def _places_ddpm(network):
 
 def _places_adm(network):
     "(our module, their module) of ADM."
-    yield from (("embedding.hidden", "time_embed.1"), ("embedding.output", "time_embed.3"))
+    first = int(network.config.embedding == "fourier")  # whose frequencies are number 0
+    yield from (("embedding.hidden", f"time_embed.{first}"), ("embedding.output", f"time_embed.{first + 2}"))
     if network.classes: yield "class_embedding", "label_emb"
     yield "input", "input_blocks.0.0"
     number = 1
@@ -614,7 +654,8 @@ def authors_keys(
         places = [(ours, f"all_modules.{number}") for number, ours in enumerate(modules_in_order(network))]
     else: places = list({"ddpm": _places_ddpm, "adm": _places_adm}[family](network))
     frequencies = [("embedding.augmentation_frequencies", "aug_gfp.0.W")] * network.config.augmented
-    if family == "adm": frequencies.append(("embedding.frequencies", "time_embed.0.W"))
+    if family == "adm" and network.config.embedding == "fourier":
+        frequencies.append(("embedding.frequencies", "time_embed.0.W"))
     modules = dict(network.named_modules())
     foreign = [ours for ours, _ in places if ours not in modules]
     if foreign: raise ValueError(f"family: this network has no {foreign[0]}, so it is not of the family {family}")

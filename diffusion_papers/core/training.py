@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'lr_factor', 'step_seed', 'Batches', 'Draws', 'update_average', 'save_run', 'load_run',
-           'claim_folder', 'Objective', 'processes', 'start_accelerator', 'collate', 'to_device', 'fit']
+           'claim_folder', 'Objective', 'processes', 'start_accelerator', 'collate', 'to_device', 'check_sound', 'fit']
 
 # %% ../../nbs/core/10_training.ipynb #5781235b
 import copy
@@ -217,9 +217,11 @@ def claim_folder(
         for name, value in values.items():
             if isinstance(value, dict): yield from flat(value, f"{prefix}{name}.")
             else: yield prefix + name, value
-    path, now = Path(folder) / "config.json", dict(flat(json.loads(json.dumps(config.to_dict()))))
+    def plain(config): return dict(flat(json.loads(json.dumps(config.to_dict()))))
+    path, now = Path(folder) / "config.json", plain(config)
     if not any(Path(folder).rglob("run.safetensors")): return write_json(path, config.to_dict())
-    before = dict(flat(json.loads(path.read_text(encoding="utf-8"))))
+    if not path.is_file(): raise ValueError(f"folder: {folder} holds a run and no config.json that says of what")
+    before = plain(type(config).from_dict(json.loads(path.read_text(encoding="utf-8"))))  # fields that came later have their defaults
     changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in sorted(before.keys() | now.keys())
                if before.get(name) != now.get(name)]
     if changed: raise ValueError(f"folder: {folder} holds a run of another configuration: {', '.join(changed)}")
@@ -266,6 +268,19 @@ def to_device(batch, device, layout):
             for name, value in batch.items()}
 
 # %% ../../nbs/core/10_training.ipynb #47432dad
+def check_sound(
+    loss: float,       # mean since the last check
+    model: nn.Module,  # in training
+    first: int,        # step after the last check
+    last: int,         # step just taken
+):
+    "Require a finite loss and finite weights (`FloatingPointError`): a run that broke must not be kept, nor go on."
+    kept = "the last checkpoint, if any, was written before"
+    if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss} between steps {first} and {last}; {kept}")
+    broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if broken: raise FloatingPointError(f"{broken[0]} is not finite after step {last}, though the loss was; {kept}")
+
+# %% ../../nbs/core/10_training.ipynb #1c65bddd
 def fit(
     model: nn.Module,             # trained in place
     loss: Callable,               # (model, batch, draws: Draws) -> one value a sample (B,)
@@ -327,13 +342,7 @@ def fit(
             counted += 1; bar.update()
             if (step + 1) % report_every and (step + 1) % config.checkpoint_every and step + 1 < config.steps: continue
             mean = accelerator.reduce(total, "mean").item() / counted
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} between steps {step + 2 - counted} and {step + 1}; "
-                                         "the last checkpoint, if any, was written before")
-            broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-            if broken:
-                raise FloatingPointError(f"{broken[0]} is not finite after step {step + 1}, though the loss was; "
-                                         "the last checkpoint, if any, was written before")
+            check_sound(mean, model, step + 2 - counted, step + 1)
             rate = (bar.format_dict["rate"] or 0) * config.batch_size
             bar.set_postfix_str(f"loss {mean:.4g}, {rate:,.0f} samples/s")
             if callback: callback(step + 1, mean)
