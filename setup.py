@@ -8,9 +8,9 @@ settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
-# Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks.
+# Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks; `bench` is for timings alone.
 extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")}
-extras["all"] = sorted({package for name, packages in extras.items() if name != "dev" for package in packages})
+extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench") for package in packages})
 extras["dev"] = extras["dev"] + extras["all"]
 
 setup(

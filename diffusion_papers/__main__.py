@@ -83,10 +83,11 @@ def do_train(args):
     model = module.train(config, folder, resume=args.resume, device=args.device, workers=args.workers)
     if int(os.environ.get("RANK", 0)): return  # of several processes the first writes
     path = Path(args.output or folder / "model.safetensors")
-    module.save_model(path, model)
+    module.save_model(path, model.half() if args.half else model)
     about = {"command": "python -m diffusion_papers " + shlex.join(args.words), "config": config.to_dict(),
              "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2), "resumed": args.resume}
     write_json(path.with_suffix(".json"), about)  # measuring can take long; the model is safe already
+    model = module.load_model(path, next(model.parameters()).device)  # as others will find it
     write_json(path.with_suffix(".json"), about | {"metrics": module.evaluate(model)})
     print(f"{path}: trained in {about['minutes']} minutes; "
           f"how it was made and its metrics: {path.with_suffix('.json')}")
@@ -184,6 +185,7 @@ def parser(
             set=overrides, device=device,
             folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
             resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
+            half={"action": "store_true", "help": "write the weights in 16 bits: half the size"},
             workers={"type": int, "default": 0, "help": "processes that read data, for each GPU (default: none, read in between)"},
             output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
     command("sample", do_sample, arguments("sample"),

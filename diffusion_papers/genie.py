@@ -7,9 +7,9 @@ __all__ = ['MIXINGS', 'SOLVERS', 'DIGITS', 'CONFIGS', 'REFERENCE_STEPS', 'ABLATI
            'mix', 'VectorHead', 'ConvHead', 'head_authors_keys', 'DerivativeHead', 'distilled_slope', 'guided_slope',
            'Solver', 'calls_for', 'steps_within', 'integrate', 'euler_in_time', 'runge_kutta_45', 'distillation_loss',
            'GenieConfig', 'Genie', 'build', 'head_loss', 'train_head', 'train', 'one_step', 'save_model', 'load_model',
-           'load_pretrained', 'load_authors_checkpoint', 'sample', 'one_each', 'upsample', 'small_image', 'encode',
-           'slerp', 'reference_samples', 'head_error', 'distance_to_data', 'conditions_for', 'evaluate', 'fid',
-           'data_moments', 'study_claim', 'study_ablation', 'demonstrate', 'benchmark']
+           'load_pretrained', 'load_authors_checkpoint', 'sample', 'upsample', 'small_image', 'encode', 'slerp',
+           'reference_samples', 'head_error', 'conditions_for', 'evaluate', 'fid', 'study_claim', 'study_ablation',
+           'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/01_genie.ipynb #549cc8c9
 import functools
@@ -35,8 +35,8 @@ from .core.checks import (check_choice, check_device, check_images, check_range,
 from .core.configs import Config
 from .core.denoisers import Denoiser, guided, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, briefly, build_denoiser, conditioning_image,
-                                             data_images, load_data, random_times, reduced, short_training,
-                                             train_denoiser, training_conditions)
+                                             data_images, distance_to_data, load_data, one_each, random_times, reduced,
+                                             short_training, train_denoiser, training_conditions)
 from .core.generation import generated_moments, noise_for
 from .core.metrics import Moments, to_bytes
 from .core.networks import (FAMILIES, ConvBlock, ResidualBlock, ResidualMLP, UNet, UNetConfig,
@@ -45,7 +45,6 @@ from .core.networks import (FAMILIES, ConvBlock, ResidualBlock, ResidualMLP, UNe
 from .core.processes import LinearVP, NoiseProcess
 from .core.samplers import (adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint,
                                             s_pndm, sigma_grid, slope_derivative, taylor)
-from .core.shapes_world import load_judge
 from .core.timing import paired
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 
@@ -577,19 +576,6 @@ def sample(
     return integrate(solver, model.walk(solver, cond, guidance, without), x_T, model.process, steps, exponent=exponent,
                      first_step=first_step, denoise=denoise, callback=callback)
 
-
-def one_each(
-    class_label,      # labels (count,), or one for all
-    count: int,       # number of samples
-) -> torch.Tensor:    # int64 (count,)
-    "One class a sample (`ValueError` where their number or kind is wrong)."
-    labels = torch.as_tensor(class_label)
-    if labels.is_floating_point(): raise ValueError(f"class_label: expected whole numbers, got {labels.dtype}")
-    labels = labels.long().expand(count) if labels.ndim == 0 else labels.long()
-    if labels.shape != (count,):
-        raise ValueError(f"class_label: expected {count} labels, one a sample, got shape {tuple(labels.shape)}")
-    return labels
-
 # %% ../nbs/papers/01_genie.ipynb #9a077315
 def upsample(
     model: Genie,          # an up-sampler
@@ -684,19 +670,6 @@ def head_error(
                 / distillation_loss(model.denoiser, silent, x0, sigma, noise, **cond).sum()).item()
 
 # %% ../nbs/papers/01_genie.ipynb #caa97474
-def distance_to_data(
-    config: DiffusionConfig, # of a model
-) -> Callable:            # samples (N, C, H, W) -> squared Frechet distance, or None where pictures are too large for it
-    "Frechet distance to the data: of the judge's features for scenes, of pixels otherwise, up to 32x32 of them."
-    if config.network.shape[-1] > 32: return lambda images: None  # larger ones need `fid`
-    features = load_judge().features if config.data == "shapes" else lambda images: images.flatten(1)
-    def moments(images):
-        with torch.no_grad(): found = torch.cat([features(batch) for batch in images.cpu().clamp(-1, 1).split(500)])
-        return Moments(found.shape[1]).add(found)
-    data = moments(data_images(config))
-    return lambda images: moments(images).distance(data)
-
-
 def conditions_for(
     model: Genie,         # the model
     count: int,           # of samples
@@ -746,7 +719,7 @@ def evaluate(
 def fid(
     model: Genie,              # the model
     extractor: Callable,       # byte images (B, 3, H, W), uint8 -> features (B, D); for FID, Inception
-    reference: Moments,        # of the data's features, see `data_moments`
+    reference: Moments,        # of the data's features, see `core.generation.data_moments`
     count: int=50_000,         # samples
     *,
     size: int=250,             # samples at once
@@ -765,20 +738,6 @@ def fid(
         return sample(model, x_T=noise_for(piece, model.shape, seed), **labels, **how)
     features = lambda images: extractor(to_bytes(images))
     return generated_moments(draw, count, features, size=size, device=device).distance(reference)
-
-
-def data_moments(
-    data,                      # map-style data set with x0 (C, H, W) in [-1, 1]
-    extractor: Callable,       # byte images (B, C, H, W), uint8 -> features (B, D)
-    count: int | None=None,    # images; None is all of them
-    *,
-    size: int=250,             # images at once
-    device: str | None=None,   # "cpu", "cuda", or None for the best there is
-) -> Moments:
-    "Mean and covariance of the features of real images; keep them with `save`."
-    draw = lambda piece: torch.stack([data[index]["x0"] for index in piece])
-    features = lambda images: extractor(to_bytes(images, nearest=True))
-    return generated_moments(draw, count or len(data), features, size=size, device=device)
 
 # %% ../nbs/papers/01_genie.ipynb #8a10b3ea
 ABLATIONS = {  # variant -> what it changes

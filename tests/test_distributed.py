@@ -27,14 +27,14 @@ GENERATE = """
 import sys, torch
 from diffusion_papers import genie
 from diffusion_papers.core.data import digits
-from diffusion_papers.core.generation import generate, noise_for
+from diffusion_papers.core.generation import data_moments, generate, noise_for
 from diffusion_papers.core.training import start_accelerator
 
 model = genie.load_pretrained()
 draw = lambda piece: {"x0": genie.sample(model, x_T=noise_for(piece, model.shape), calls=3)}
 generate(draw, 70, sys.argv[1] + "/samples", size=16, about={"calls": 3}, device="cpu")
 pixels = lambda images: images.flatten(1).double() / 255
-truth = genie.data_moments(digits(), pixels, device="cpu")
+truth = data_moments(digits(), pixels, device="cpu")
 distance = genie.fid(model, pixels, truth, 300, size=40, calls=3, device="cpu")
 if start_accelerator("cpu").is_main_process: torch.save(torch.tensor(distance, dtype=torch.float64), sys.argv[1] + "/distance.pt")
 """
@@ -79,13 +79,14 @@ def test_two_processes_draw_and_measure_what_one_does(tmp_path):
 def test_the_command_line_trains_with_two_processes(tmp_path):
     words = ["-m", "diffusion_papers", "train", "genie", "--device", "cpu", "--folder", "FOLDER", "--set", "diffusion.training.steps=3", "head.steps=2",
              "diffusion.mlp.width=16", "diffusion.mlp.blocks=1", "diffusion.training.batch_size=16", "head.batch_size=16", "evaluated=20"]
-    models = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        launch = launcher(processes) if processes > 1 else [sys.executable]
-        named = ["--module", *words[1:]] if processes > 1 else words
-        done = subprocess.run([str(folder) if word == "FOLDER" else word for word in [*launch, *named]], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
-        models.append(load_checkpoint(folder / "model.safetensors")[0])
-    difference = max((models[0][name] - models[1][name]).abs().max().item() for name in models[0])
-    assert difference < 1e-5  # in float32
+    one, two = (trained_by_command(words, tmp_path / str(processes), processes) for processes in (1, 2))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5  # in float32
+
+
+def trained_by_command(words, folder, processes):
+    "The model that a command of this package writes into a folder."
+    launch = launcher(processes) if processes > 1 else [sys.executable]
+    named = ["--module", *words[1:]] if processes > 1 else words
+    done = subprocess.run([str(folder) if word == "FOLDER" else word for word in [*launch, *named]], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_checkpoint(folder / "model.safetensors")[0]

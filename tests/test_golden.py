@@ -4,6 +4,7 @@ A paper's cases lie in tests/golden/SLUG/, its answers in tests/golden/SLUG.py.
 """
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from diffusion_papers.core.networks import UNet, authors_keys, unet_config
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = [(path.parent.name, path.stem) for path in sorted(FOLDER.glob("*/*.npz"))]
-INPUTS = {"schedule": {"t"}, "gaussian_samplers": {"x_T", "mu", "s"}, "gmm": {"means", "probs", "std", "t", "x_t", "x_T"}}
+INPUTS = {"schedule_and_grid": {"t"}, "losses": {"pred", "target", "weights"}, "blocks": {"x", "temb", "attn_x"},
+          "net_uncond": {"x", "t"}, "net_cond": {"x", "t", "y"}, "schedule": {"t"}, "gaussian_samplers": {"x_T", "mu", "s"}, "gmm": {"means", "probs", "std", "t", "x_t", "x_T"},
+          "ncsnpp_mnist_fill": {"x", "c_noise", "y", "fill"}}
 
 
 def answers_of(slug):
@@ -23,6 +26,12 @@ def answers_of(slug):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def inputs_of(case, names):
+    "What a case hands in; everything else is an output."
+    if case == "temporal_conv": return {name for name in names if name.endswith(("_x", "_w"))}
+    return INPUTS.get(case, {"x", "eps", "xemb", "temb", "t"} if case.startswith("head_") else {"x", "t", "M"})
 
 
 def companions(path):
@@ -38,7 +47,8 @@ def companions(path):
 @pytest.mark.parametrize("slug, case", CASES, ids=["/".join(case) for case in CASES])
 def test_golden_case(slug, case):
     module, path = answers_of(slug), FOLDER / slug / f"{case}.npz"
-    arrays, inputs = dict(np.load(path)), INPUTS.get(case, {"x", "eps", "xemb", "temb", "t"} if case.startswith("head_") else {"x", "t", "M"})
+    arrays = dict(np.load(path))
+    inputs = inputs_of(case, arrays)
     # What compute sees of the outputs are their names alone: an output that was passed through would come back as zeros.
     blinded = {name: values if name in inputs else np.zeros_like(values) for name, values in arrays.items()}
     computed = module.compute(case, blinded | companions(path))
@@ -73,18 +83,26 @@ def test_published_configurations_have_the_authors_tensors(preset):
         assert sum(parameter.numel() for parameter in module.parameters()) == count
 
 
-@pytest.mark.parametrize("name, sizes, count", [
-    ("cifar10", dict(width=256, multipliers=(1, 1, 1), blocks=3, attention=(16, 8), dropout=0.2), 60_004_099),
-    ("imagenet64", dict(image_size=64, width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_width=64, classes=1000),
-     295_900_035)])
-def test_distillation_networks_have_the_authors_tensors(name, sizes, count):
-    "As far as the network goes: the file lists a student, whose temporal layers stand between the network's modules."
-    with torch.device("meta"): network = UNet(unet_config("distillation", **sizes))
-    manifest = json.loads((FOLDER.parent / "manifests" / f"dfno-{name}.json").read_text())
-    unnumbered = lambda name: name.split(".", 2)[2]  # without all_modules.NUMBER
-    expected = [(unnumbered(theirs), shape) for theirs, shape in manifest.items() if "t_conv" not in theirs]
-    state = network.state_dict()
-    assert [(unnumbered(theirs), list(state[ours].shape)) for ours, theirs in authors_keys(network, "distillation")] == expected
+_adm = unet_config("adm", embedding="cosines_first", qkv_order="heads_first", image_size=256, width=256,
+                   multipliers=(1, 1, 2, 2, 4, 4), attention=(32, 16, 8))
+_dpdm = unet_config("ddpmpp", time_scale=1.0, class_form="early", image_size=32, width=32, multipliers=(1, 2, 2))
+
+
+@pytest.mark.parametrize("name, prefix, family, config, count", [
+    ("i2sb-adm256-uncond-3ch", "diffusion_model.", "adm", _adm, 552_807_171),
+    ("i2sb-adm256-cond-6ch", "diffusion_model.", "adm", replace(_adm, conditioning=3), 552_814_083),
+    ("dpdm-mnist_28", "module.model.", "ddpmpp",
+     replace(_dpdm, image_size=28, in_channels=1, out_channels=1, attention=(7,), classes=10), 1_753_345),
+    ("dpdm-cifar10_32", "module.model.", "ddpmpp", replace(_dpdm, attention=(16,), classes=10), 1_754_499),
+    ("dpdm-celeba_32", "module.model.", "ddpmpp", replace(_dpdm, attention=(16, 8)), 1_804_451),
+    ("dpdm-imagenet_32", "module.model.", "ddpmpp", replace(_dpdm, attention=(16, 8), classes=1000), 1_836_483),
+    ("dpdm-celeba_64", "module.model.", "ddpmpp",
+     replace(_dpdm, image_size=64, multipliers=(1, 1, 2, 2), attention=(16, 8)), 1_999_907)])
+def test_further_networks_have_the_authors_tensors(name, prefix, family, config, count):
+    with torch.device("meta"): network = UNet(config)
+    manifest, state = json.loads((FOLDER.parent / "manifests" / f"{name}.json").read_text()), network.state_dict()
+    found = [(prefix + theirs, list(state[ours].shape)) for ours, theirs in authors_keys(network, family)]
+    assert dict(found) == manifest
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
