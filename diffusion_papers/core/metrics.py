@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gaussian_frechet', 'Moments', 'frechet', 'frechet_pixels', 'frechet_features', 'moments_of', 'to_bytes',
-           'sliced_wasserstein']
+           'sliced_wasserstein', 'inside', 'precision_recall']
 
 # %% ../../nbs/core/11_metrics.ipynb #fdf6b127
 from collections.abc import Callable
@@ -171,3 +171,27 @@ def sliced_wasserstein(
         sorted_a, sorted_b = (values[(places * len(values)).long().clamp(max=len(values) - 1)]
                               for values in (sorted_a, sorted_b))
     return (sorted_a - sorted_b).square().mean().sqrt().item()
+
+# %% ../../nbs/core/11_metrics.ipynb #60cf41c1
+@torch.no_grad()
+def inside(
+    points: torch.Tensor,     # features (N, D)
+    reference: torch.Tensor,  # features (M, D), M > neighbour
+    neighbour: int=3,         # k: balls reach to the k-th neighbour
+    batch_size: int=1000,     # points at once
+) -> torch.Tensor:            # whether a point lies in a ball of the reference (N,)
+    "Which points lie where the reference does."
+    for name, features in (("points", points), ("reference", reference)): check_tensor(features, name, ndim=2)
+    check_range(neighbour, "neighbour", 1, len(reference) - 1)
+    radius = torch.cat([torch.cdist(part, reference).kthvalue(neighbour + 1, dim=1).values  # the first is the point itself
+                        for part in reference.split(batch_size)])
+    return torch.cat([(torch.cdist(part, reference) <= radius).any(1) for part in points.split(batch_size)])
+
+
+def precision_recall(
+    samples: torch.Tensor,  # features of what a model drew (N, D)
+    data: torch.Tensor,     # features of data (M, D)
+    neighbour: int=3,       # k
+) -> tuple[float, float]:   # precision and recall, in [0, 1]
+    "The share of samples that are like data, and the share of the data that samples are like."
+    return tuple(inside(*pair, neighbour).float().mean().item() for pair in ((samples, data), (data, samples)))
