@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.checkpoints import CheckpointError, load_checkpoint, load_into, pretrained_path, save_checkpoint
+from .core.checkpoints import CheckpointError, load_configured, load_into, pretrained_path, save_configured
 from .core.checks import check_choice, check_device, check_range, check_tensor, require
 from .core.configs import Config
 from .core.denoisers import Denoiser, per_sample
@@ -528,7 +528,7 @@ def save_model(
     model: Dfno,           # trained
 ):
     "Write a student with its configuration; nothing of the training state goes along."
-    save_checkpoint(path, model.state_dict(), {"kind": "dfno", "config": model.config.to_dict()})
+    save_configured(path, model, "dfno")
 
 
 def load_model(
@@ -536,13 +536,7 @@ def load_model(
     device: torch.device | str="cpu",  # where it goes
 ) -> Dfno:                 # in evaluation mode
     "Read a student (`CheckpointError` for any other file)."
-    tensors, about = load_checkpoint(path, device)
-    if about.get("kind") != "dfno":
-        raise CheckpointError(f"{path}: expected a DFNO student, got {about.get('kind', 'something else')}")
-    try: config = DfnoConfig.from_dict(about["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration is not one of a DFNO student ({error})") from error
-    return load_into(build(config).to(device), tensors, str(path))
+    return load_configured(path, "dfno", DfnoConfig, build, device)
 
 
 def load_pretrained(

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.checkpoints import (CheckpointError, load_checkpoint, load_foreign, load_into,
-                                               pretrained_path, save_checkpoint)
+from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into,
+                                               pretrained_path, save_configured)
 from .core.checks import (check_choice, check_device, check_images, check_range, check_tensor,
                                           require)
 from .core.configs import Config
@@ -505,7 +505,7 @@ def save_model(
     model: Genie,          # trained
 ):
     "Write a model with its configuration; nothing of the training state goes along."
-    save_checkpoint(path, model.state_dict(), {"kind": "genie", "config": model.config.to_dict()})
+    save_configured(path, model, "genie")
 
 
 def load_model(
@@ -513,13 +513,7 @@ def load_model(
     device: torch.device | str="cpu",  # where it goes
 ) -> Genie:                # in evaluation mode
     "Read a model (`CheckpointError` for any other file)."
-    tensors, about = load_checkpoint(path, device)
-    if about.get("kind") != "genie":
-        raise CheckpointError(f"{path}: expected a GENIE model, got {about.get('kind', 'something else')}")
-    try: config = GenieConfig.from_dict(about["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration is not one of a GENIE model ({error})") from error
-    return load_into(build(config).to(device), tensors, str(path))
+    return load_configured(path, "genie", GenieConfig, build, device)
 
 
 def load_pretrained(

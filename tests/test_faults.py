@@ -107,7 +107,7 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     assert torch.equal(load_foreign(tmp_path / "tensors.pt")["w"], torch.ones(2))
     with pytest.raises(CheckpointError, match="load_foreign"): load_checkpoint(tmp_path / "tensors.pt")
     save_checkpoint(tmp_path / "other.safetensors", {"w": torch.ones(2)}, {"kind": "something"})
-    with pytest.raises(CheckpointError, match="expected a GENIE model, got something"):
+    with pytest.raises(CheckpointError, match="expected a model of kind genie, got"):
         genie.load_model(tmp_path / "other.safetensors")
 
 

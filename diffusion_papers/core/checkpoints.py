@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['digest', 'whole_file', 'save_checkpoint', 'CheckpointError', 'load_checkpoint', 'load_foreign', 'check_fits',
-           'load_into', 'data_folder', 'pretrained_path']
+           'load_into', 'save_configured', 'load_configured', 'data_folder', 'pretrained_path']
 
 # %% ../../nbs/core/09_checkpoints.ipynb #d5874998
 import hashlib
 import json
 import os
 import sysconfig
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,6 +134,31 @@ def load_into(
     check_fits(model, tensors, source)
     model.load_state_dict(tensors)
     return model
+
+# %% ../../nbs/core/09_checkpoints.ipynb #0ce9ead7
+def save_configured(
+    path: Path | str,  # where to write, ending in .safetensors
+    model: nn.Module,  # with the configuration that it was built from, as `model.config`
+    kind: str,         # what it is
+):
+    "Write a model with its configuration; nothing of a training's state goes along."
+    save_checkpoint(path, model.state_dict(), {"kind": kind, "config": model.config.to_dict()})
+
+
+def load_configured(
+    path: Path | str,   # a file that `save_configured` wrote
+    kind: str,          # what it should be
+    config_type: type,  # of its configuration
+    build: Callable,    # configuration -> model
+    device: torch.device | str="cpu",  # where it goes
+) -> nn.Module:         # as `build` leaves it, with the weights of the file
+    "Read a model (`CheckpointError` for any other file)."
+    tensors, about = load_checkpoint(path, device)
+    if about.get("kind") != kind: raise CheckpointError(f"{path}: expected a model of kind {kind}, got {about.get('kind', 'none')}")
+    try: config = config_type.from_dict(about["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is no {config_type.__name__} ({error})") from error
+    return load_into(build(config).to(device), tensors, str(path))
 
 # %% ../../nbs/core/09_checkpoints.ipynb #ba6d0720
 def data_folder() -> Path:  # an existing folder with checkpoints/ and results/
