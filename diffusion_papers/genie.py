@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into,
-                                               pretrained_path, save_configured)
+from .core.checkpoints import load_configured, load_foreign, load_into, pretrained_path, save_configured
 from .core.checks import (check_choice, check_device, check_images, check_range, check_tensor,
                                           require)
 from .core.configs import Config

@@ -298,8 +298,7 @@ def fit(
     accelerator = start_accelerator(device, config.precision)
     pieces = accelerator.num_processes * config.accumulate
     if config.batch_size % pieces:
-        raise ValueError(f"batch_size: expected a multiple of {pieces} (processes times accumulate), "
-                         f"got {config.batch_size}")
+        raise ValueError(f"batch_size: expected a multiple of {pieces} (processes times accumulate), got {config.batch_size}")
     mine = range(accelerator.process_index * config.accumulate, (accelerator.process_index + 1) * config.accumulate)
 
     layout = torch.channels_last if config.channels_last else torch.preserve_format
@@ -328,11 +327,9 @@ def fit(
             for group in optimizer.param_groups: group["lr"] = config.lr * lr_factor(config, step)
             for piece in mine:
                 torch.manual_seed(step_seed(config.seed, 1, step, piece))  # dropout
-                draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)),
-                              pieces, piece)
+                draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)), pieces, piece)
                 batch = to_device(next(loader), accelerator.device, layout)
-                # processes talk once a step
-                with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):
+                with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):  # processes talk once a step
                     value = objective(batch, draws) / config.accumulate
                     accelerator.backward(value)
                 total += value.detach()
