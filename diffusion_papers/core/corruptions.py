@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'CHROMA', 'TO_YCBCR', 'TO_RGB', 'BLURS', 'BLUR_MODES', 'quantisation_table', 'jpeg', 'jpeg_file',
-           'reduced_and_repeated', 'blur', 'centre_mask', 'freeform_masks', 'read_masks']
+           'reduced_and_repeated', 'blur', 'gaussian_blur', 'centre_mask', 'freeform_masks', 'read_masks']
 
 # %% ../../nbs/core/22_corruptions.ipynb #d18a02e8
 import functools
@@ -179,6 +179,24 @@ def blur(
     matrix = _cut_matrix if mode == "operator" else _blur_matrix
     rows, columns = (matrix(kind, size).to(x) for size in x.shape[2:])
     return 2 * (rows @ x @ columns.T) - 1
+
+# %% ../../nbs/core/22_corruptions.ipynb #727a8c13
+def gaussian_blur(
+    images: torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    sigma: torch.Tensor,   # standard deviation of each image's kernel, 0.1 to 10 pixels (B,)
+) -> torch.Tensor:         # the same shape
+    "Each image blurred by a Gaussian of its own width, cut off at four times that."
+    check_images(images)
+    if sigma.shape != images.shape[:1] or sigma.min() < 0.1 or sigma.max() > 10:
+        raise ValueError(f"sigma: expected {len(images)} widths from 0.1 to 10, got shape {tuple(sigma.shape)}, "
+                         f"{sigma.min():.3g} to {sigma.max():.3g}")
+    reach = int(4 * sigma.max())
+    offset = torch.arange(-reach, reach + 1, device=sigma.device) / sigma[:, None]
+    taps = torch.softmax(torch.where(offset.abs() <= 4, -offset**2 / 2, -torch.inf), dim=1)
+    kernel = taps.to(images).repeat_interleave(images.shape[1], 0)[:, None]
+    flat = F.pad(images.flatten(0, 1)[None], 4 * (reach,), mode="replicate")
+    down = F.conv2d(flat, kernel[..., None], groups=kernel.shape[0])
+    return F.conv2d(down, kernel[:, :, None], groups=kernel.shape[0]).reshape(images.shape)
 
 # %% ../../nbs/core/22_corruptions.ipynb #0d505834
 def centre_mask(
