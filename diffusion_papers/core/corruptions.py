@@ -187,7 +187,7 @@ def gaussian_blur(
 ) -> torch.Tensor:         # the same shape
     "Each image blurred by a Gaussian of its own width, cut off at four times that."
     check_images(images)
-    if sigma.shape != images.shape[:1] or sigma.min() < 0.1 or sigma.max() > 10:
+    if sigma.shape != images.shape[:1] or not ((sigma >= 0.1) & (sigma <= 10)).all():  # NaN fails, too
         raise ValueError(f"sigma: expected {len(images)} widths from 0.1 to 10, got shape {tuple(sigma.shape)}, "
                          f"{sigma.min():.3g} to {sigma.max():.3g}")
     reach = int(4 * sigma.max())
