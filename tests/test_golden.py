@@ -19,7 +19,7 @@ CASES = [(path.parent.name, path.stem) for path in sorted(FOLDER.glob("*/*.npz")
 INPUTS = {"schedule_and_grid": {"t"}, "losses": {"pred", "target", "weights"}, "blocks": {"x", "temb", "attn_x"},
           "net_uncond": {"x", "t"}, "net_cond": {"x", "t", "y"}, "schedule": {"t"}, "gaussian_samplers": {"x_T", "mu", "s"}, "gmm": {"means", "probs", "std", "t", "x_t", "x_T"},
           "ncsnpp_mnist_fill": {"x", "c_noise", "y", "fill"},
-          "corruptions": {"img"}}
+          "corruptions": {"img"}, "bridge": {"x0", "x1", "step", "c", "mask"}}
 
 
 def answers_of(slug):

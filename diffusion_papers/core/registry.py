@@ -19,14 +19,16 @@ import torch
 from .checks import check_choice
 
 # %% ../../nbs/core/14_registry.ipynb #f1d9470d
-def papers() -> dict[str, str]:  # name of the paper's module -> its one-line description
+def papers(
+    offering: str="CONFIGS",  # what a module must define; every paper has `CONFIGS`
+) -> dict[str, str]:          # name of the paper's module -> its one-line description
     "The papers of this package, by the names that the command line takes."
     package = Path(importlib.util.find_spec("diffusion_papers").origin).parent
     found = {}
     for module in sorted(m.name for m in pkgutil.iter_modules([str(package)])
                          if not m.ispkg and not m.name.startswith("_")):
         source = (package / f"{module}.py").read_text(encoding="utf-8")
-        if re.search(r"^CONFIGS\b", source, re.MULTILINE):
+        if re.search(rf"^(?:def )?{offering}\b", source, re.MULTILINE):
             found[module] = re.match(r'"""(.*?)"""', source, re.DOTALL)[1].strip()
     return found
 

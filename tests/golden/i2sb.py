@@ -1,4 +1,4 @@
-"""I2SB's golden cases: its network and its corruptions."""
+"""I2SB's golden cases: schedule, bridge, network and corruptions."""
 import math
 
 import numpy as np
@@ -7,6 +7,8 @@ import torch
 from diffusion_papers.core.corruptions import (
     CHROMA, LUMA, blur, centre_mask, jpeg, quantisation_table, reduced_and_repeated)
 from diffusion_papers.core.networks import UNet, authors_keys, sinusoids, unet_config
+from diffusion_papers.i2sb import (
+    bridge_label, bridge_schedule, bridge_state, follow_bridge, posterior, time_indices)
 
 
 def filled(number, name, shape, amplitude, omega, phase):
@@ -52,7 +54,48 @@ def corruptions_case(arrays):
     return {name: corrupted(images, name).numpy() for name in arrays if name != "img"}
 
 
-CASES = {"unet": network_case, "corruptions": corruptions_case}
+def schedule_case(arrays):
+    found = {}
+    for prefix in {name.split("/")[0] for name in arrays}:
+        steps, beta_max = prefix.removeprefix("N").split("_b")
+        schedule = bridge_schedule(int(steps), float(beta_max))
+        of_x1 = schedule.weight_x1
+        values = {"betas": schedule.betas, "std_fwd": schedule.forward, "std_bwd": schedule.backward, "std_sb": schedule.std,
+                  "mu_x0": 1 - of_x1, "mu_x1": of_x1}
+        found |= {f"{prefix}/{name}": value.float().numpy() for name, value in values.items()}
+    return found
+
+
+def sampled(arrays, name, schedule):
+    "States and estimates of the way without noise, the last first."
+    calls, what = int(name.split("/")[1].removeprefix("nfe")), name.split("/")[2]
+    c, mask = torch.as_tensor(arrays["c"]), torch.as_tensor(arrays["mask"]) if "masked" in name else None
+    visited = []
+    follow_bridge(lambda x, index: 0.5 * x + c, torch.as_tensor(arrays["x1"]), schedule, calls, mask=mask,
+                  callback=lambda time, x, x0: visited.append({"xs": x, "pred_x0": x0}))
+    return torch.stack([step[what] for step in reversed(visited)], dim=1)
+
+
+def bridge_output(arrays, name, schedule):
+    "One output of the bridge's case; its name says the settings."
+    x0, x1, step = (torch.as_tensor(arrays[key]) for key in ("x0", "x1", "step"))
+    if name.startswith("ode_sampling"): return sampled(arrays, name, schedule)
+    if name.startswith("space_indices/"): return np.array(time_indices(len(schedule), int(name.split("/")[1])))
+    if name.startswith("posterior_"):
+        earlier, index = map(int, name.split("/")[1].split("_"))
+        coefficients = posterior(schedule, index, earlier)
+        return coefficients[0] * x0 + coefficients[1] * x1 if "mean" in name else np.array(coefficients, np.float32)
+    state = bridge_state(schedule, x0, x1, step.long())
+    return {"xt_ode": state, "label_ode": bridge_label(schedule, state, x0, step.long())}[name]
+
+
+def bridge_case(arrays):
+    schedule = bridge_schedule(1000, 0.3)
+    return {name: np.asarray(bridge_output(arrays, name, schedule))
+            for name in arrays if name not in ("x0", "x1", "step", "c", "mask")}
+
+
+CASES = {"unet": network_case, "corruptions": corruptions_case, "schedule": schedule_case, "bridge": bridge_case}
 
 
 def compute(case, arrays): return CASES[case](arrays)
@@ -68,6 +111,10 @@ def tolerance(name):
 
 def compare(case, name, found, expected):
     assert found.shape == expected.shape, name
+    if case == "schedule": return np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    if case == "bridge":
+        exact = name.startswith("space_indices/")
+        return np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-6 if "posterior" in name else 1e-5, err_msg=name)
     if name.endswith("/released"):  # equal singular values may come in any order
         assert np.abs(found - expected).mean() <= 0.02, name
     else: np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(name), err_msg=name)
