@@ -220,7 +220,7 @@ def parser(
         sub.add_argument("papers", nargs="*", help="which papers; all by default")
     return root
 
-
+# %% ../nbs/command_line.ipynb #932eb737
 def main(
     words: list[str] | None=None,  # the command line; None is that of this process
 ) -> int:                          # exit code

@@ -859,7 +859,7 @@ def check_picture(
     if task not in task_names(model.config.task):
         warnings.warn(f"task: this model learned {model.config.task}, not {task}")
 
-
+# %% ../nbs/papers/03_i2sb.ipynb #28ea4bbb
 @torch.no_grad()
 def restore(
     picture,                       # degraded: a path, a Pillow image, or a tensor (3, H, W) in [-1, 1]
@@ -1037,7 +1037,7 @@ def tuned(
     return min(LIBRARY[task][1],
                key=lambda settings: (library_restored(task, x1, mask, settings) - x0).square().mean().item())
 
-
+# %% ../nbs/papers/03_i2sb.ipynb #24b37d59
 def study_photographs(
     setting: dict,  # "task", one of LIBRARY
 ) -> dict:          # measures with intervals of each method, and of its differences from the model
@@ -1065,7 +1065,7 @@ def study_photographs(
 
 def _with_calls(model, calls, x1, mask): return restore_images(model, x1, mask, calls=calls)
 
-
+# %% ../nbs/papers/03_i2sb.ipynb #ef151f2c
 WAYS = {"a tenth of the paper's noise": {}, "the paper's noise": {"interval": 1000, "beta_max": 0.3},
         "no noise": {"path": "deterministic", "interval": 1000, "beta_max": 0.3}}
 

@@ -212,6 +212,26 @@ class PrivacyBudgetExceeded(RuntimeError):
     "The planned steps are spent; the step that was asked for must not be taken."
 
 
+def _read_ledger(path):
+    "Mechanism (plain data) and steps of a file (`ValueError`)."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("digest")
+        if digest({}, content) != found: raise ValueError("its digest is another")
+        return dict(content["mechanism"]), int(content["taken"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"path: {path} is damaged, or no ledger ({type(error).__name__}: {error})") from error
+
+
+def _write_ledger(path, mechanism, taken):
+    "Write the file, atomically and for its owner alone."
+    content = {"kind": "privacy ledger", "mechanism": mechanism.to_dict(), "taken": taken}
+    with whole_file(path) as unfinished:
+        unfinished.touch(mode=0o600)
+        text = json.dumps(content | {"digest": digest({}, content)}, indent=1, sort_keys=True)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+# %% ../../nbs/core/23_privacy.ipynb #7b5d216f
 class Ledger:
     "The steps that a run has paid for, in a file that only its owner can read."
 
@@ -232,7 +252,7 @@ class Ledger:
     ) -> "Ledger":
         "Begin a ledger, or go on with one (`ValueError` names what does not fit)."
         path = Path(path)
-        if path.is_file(): before, taken = cls._read(path)
+        if path.is_file(): before, taken = _read_ledger(path)
         else: before, taken = mechanism.to_dict(), 0
         now = mechanism.to_dict()
         changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -242,27 +262,8 @@ class Ledger:
             raise ValueError(f"at_least: the run has taken {at_least} of {mechanism.steps} steps, "
                              f"but the ledger {path} knows of {taken}")
         ledger = cls(path, mechanism, taken)
-        if not path.is_file(): ledger._write(taken)
+        if not path.is_file(): _write_ledger(path, mechanism, taken)
         return ledger
-
-    @staticmethod
-    def _read(path):
-        "Mechanism (plain data) and steps of a file (`ValueError`)."
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = content.pop("digest")
-            if digest({}, content) != found: raise ValueError("its digest is another")
-            return dict(content["mechanism"]), int(content["taken"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"path: {path} is damaged, or no ledger ({type(error).__name__}: {error})") from error
-
-    def _write(self, taken):
-        "Write the file, atomically and for its owner alone."
-        content = {"kind": "privacy ledger", "mechanism": self.mechanism.to_dict(), "taken": taken}
-        with whole_file(self.path) as unfinished:
-            unfinished.touch(mode=0o600)
-            text = json.dumps(content | {"digest": digest({}, content)}, indent=1, sort_keys=True)
-            unfinished.write_text(text + "\n", encoding="utf-8")
 
     def record(
         self,
@@ -273,9 +274,9 @@ class Ledger:
         if self.taken + steps > self.mechanism.steps:
             raise PrivacyBudgetExceeded(f"steps: {self.taken} of {self.mechanism.steps} planned steps are spent, "
                                         f"{steps} more would exceed the budget")
-        if not self.path.is_file() or self._read(self.path) != (self.mechanism.to_dict(), self.taken):
+        if not self.path.is_file() or _read_ledger(self.path) != (self.mechanism.to_dict(), self.taken):
             raise ValueError(f"path: {self.path} has disappeared or changed; one ledger serves one run at a time")
-        self._write(self.taken + steps)
+        _write_ledger(self.path, self.mechanism, self.taken + steps)
         self.taken += steps
 
     def spent(self) -> float:  # an upper bound of epsilon at the mechanism's delta
