@@ -19,9 +19,6 @@ __all__ = ['NINE', 'OTHERS', 'TASKS', 'METHODS', 'ADM256', 'PHOTOGRAPH_FILM', 'P
 import functools
 import io
 import itertools
-import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,7 +48,7 @@ from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, sinu
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
 from .core.shapes_world import ShapesWorld
-from .core.timing import paired
+from .core.timing import alone, paired
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/03_i2sb.ipynb #ec27d7b7
@@ -791,7 +788,7 @@ def blended(
                 total[0, :, i:i + tile, j:j + tile] += window * part
                 weight[0, 0, i:i + tile, j:j + tile] += window
             callback()
-        return total / weight
+        return total.div_(weight)
     return whole
 
 # %% ../nbs/papers/03_i2sb.ipynb #d8054212
@@ -886,7 +883,7 @@ def restore(
     check_range(overlap, "overlap", 0, tile - 16)
     model = at_size(model, tile)
     x1, generator = read_picture(picture), torch.Generator().manual_seed(seed)
-    x1 = F.interpolate(x1, scale_factor=TASKS[task].enlarge, mode="nearest")
+    if TASKS[task].enlarge > 1: x1 = F.interpolate(x1, scale_factor=TASKS[task].enlarge, mode="nearest")
     if mask is not None: mask = read_mask(mask, x1)
     height, width = x1.shape[2:]
     border = (0, room(width, tile, overlap) - width, 0, room(height, tile, overlap) - height)
@@ -1280,26 +1277,14 @@ def _bench_sampler(device, calls=10):
     return rows
 
 
-def _restoration_cost(side, device):
-    "Seconds and peak memory of restoring a square picture with one call, in a process of its own."
-    program = ("import json, resource, sys, time, torch; from diffusion_papers import i2sb; "
-               f"picture, began = torch.rand(3, {side}, {side}) * 2 - 1, time.perf_counter(); "
-               f"i2sb.restore(picture, 'jpeg', calls=1, device={device!r}, progress=False); "
-               "cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0; "
-               "print(json.dumps([time.perf_counter() - began, "
-               "cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios; for pictures seconds and peak memory
     "Corruptions beside plain library calls, the sampler beside bare calls of the network, pictures of several sizes."
-    device = check_device(device)
-    pictures = []
+    device, pictures = check_device(device), []
     for side in (512, 1024, 2048):
-        seconds, peak = _restoration_cost(side, device)
-        pictures.append({"what": f"restore a picture of {side}x{side} pixels with one call",
-                         "seconds": seconds, "peak MiB": peak})
+        pictures.append({"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
+            "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
+            f"picture = torch.rand(3, {side}, {side}) * 2 - 1",
+            f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)})
     return _bench_corruptions(device) + _bench_sampler(device) + pictures

@@ -1,4 +1,5 @@
 """Privacy: what must hold for any run, any model and any batch, and what a ledger must survive."""
+import functools
 import json
 import math
 import signal
@@ -233,8 +234,11 @@ def drawn(count, draws, seed, size=4):
 def norm(values): return sum(value.square().sum() for value in values.values()).sqrt().item()
 
 
+layered = functools.partial(privacy.clipped_sum, gradients=privacy.gradients_by_layer)
+
+
 @pytest.mark.parametrize("build, clipped", [(convolutional, privacy.clipped_sum), (linear, privacy.clipped_sum),
-                                            (linear, privacy.ghost_clipped_sum)])
+                                            (convolutional, layered), (linear, privacy.ghost_clipped_sum)])
 @FEW
 @given(count=st.integers(1, 6), draws=st.sampled_from([1, 4, 32]), clip=st.floats(1e-3, 10), seed=st.integers(0, 10**6),
        scale=st.sampled_from([0.0, 1.0, 1e4, math.inf]))
@@ -258,6 +262,18 @@ def test_ghosts_are_the_explicit_sums(count, draws, chunk, seed):
     assert torch.allclose(norms, ghost_norms, rtol=1e-10, atol=0) and explicit.keys() == ghost.keys()
     assert all(torch.allclose(explicit[name], ghost[name], rtol=0, atol=1e-10) for name in explicit)
     assert all(layer._forward_hooks == {} for layer in model.modules())
+
+
+@FEW
+@given(st.integers(0, 7), st.sampled_from([1, 8]), st.integers(1, 8), st.integers(0, 10**6))
+def test_sums_by_layer_are_the_mapped_sums(count, draws, chunk, seed):
+    model, batch = convolutional(seed), drawn(count, draws, seed)
+    (explicit, norms), (found, found_norms) = (way(model, denoising_loss, batch, 0.3, chunk)
+                                               for way in (privacy.clipped_sum, layered))
+    assert torch.allclose(norms, found_norms, rtol=1e-10, atol=0) and explicit.keys() == found.keys()
+    assert all(torch.allclose(explicit[name], found[name], rtol=0, atol=1e-10) for name in explicit)
+    assert all(layer._forward_hooks == {} for layer in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_ghosts_in_single_precision():

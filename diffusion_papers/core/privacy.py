@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ORDERS', 'WIDE_ORDERS', 'ACCOUNTANTS', 'subsampled_gaussian_rdp', 'epsilon_from_rdp', 'gaussian_epsilon',
            'epsilon_spent', 'noise_multiplier_for', 'Mechanism', 'PrivacyBudgetExceeded', 'Ledger', 'poisson_batch',
-           'secret_generator', 'public_generator', 'check_private', 'per_example_gradients', 'clip_factors',
-           'clipped_sum', 'ghost_clipped_sum', 'noisy_mean']
+           'secret_generator', 'public_generator', 'check_private', 'per_example_gradients', 'gradients_by_layer',
+           'clip_factors', 'clipped_sum', 'ghost_clipped_sum', 'noisy_mean']
 
 # %% ../../nbs/core/23_privacy.ipynb #3654d8db
 import functools
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checkpoints import digest, whole_file
@@ -388,6 +389,93 @@ def per_example_gradients(
     with sdpa_kernel(SDPBackend.MATH):  # the fused kinds of attention cannot be mapped
         return torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0), chunk_size=chunk)(trained, batch)
 
+# %% ../../nbs/core/23_privacy.ipynb #aa57dc4d
+def _visit(model, layers, loss, batch, count, visit):
+    "One pass for all. On the way back, for each call of a layer: visit(name, inputs (B, K, ...), slopes (B, K, ...))."
+    trained, leaves, called, losses = _trained(model), [], set(), _Losses(model, loss)
+    def rows(name, value):
+        if len(value) % count:
+            raise ValueError(f"loss: expected inputs of {name or 'the model'} with a row, or K rows, for each of "
+                             f"{count} examples, got shape {tuple(value.shape)}")
+        return value.detach().reshape(count, -1, *value.shape[1:])
+    def attach(name):
+        def on_call(layer, inputs, output):
+            if len(inputs) != 1:
+                raise ValueError(f"model: expected {name or 'it'} to be called with one tensor, got {len(inputs)}")
+            called.add(name)
+            x, version = inputs[0], inputs[0]._version
+            def on_return(slope):
+                if x._version != version:
+                    raise ValueError(f"model: the input of {name or 'the model'} was changed in place")
+                visit(name, rows(name, x), rows(name, slope))
+            if not output.requires_grad:  # nothing before it is trained: the way back ends here
+                leaves.append(output.requires_grad_())
+            output.register_hook(on_return)
+            return output.clone()  # what follows may change it in place
+        return on_call
+    handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            named = {f"model.{name}": value for name, value in trained.items()}
+            total = _check_losses(torch.func.functional_call(losses, named, (batch,)), count).sum()
+    finally:
+        for handle in handles: handle.remove()
+    if unused := sorted(layers.keys() - called):
+        raise ValueError(f"model: expected calls of every trained layer, got none of {', '.join(unused[:5])}")
+    if total.requires_grad: torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def _own(layer):
+    "The trained parameters that a layer itself holds."
+    return {name: value for name, value in layer.named_parameters(recurse=False) if value.requires_grad}
+
+# %% ../../nbs/core/23_privacy.ipynb #091ada8b
+def _of_linear(layer, x, slope):
+    x, slope = x.flatten(1, -2), slope.flatten(1, -2)
+    return {"weight": slope.mT @ x, "bias": slope.sum(1)}
+
+
+def _of_convolution(layer, x, slope):
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str): return _of_any(layer, x, slope)
+    # a loop over examples on purpose: the K rows of one are a batch for the library's own kernel, which beats
+    # everything that serves all examples in one call (products of unfolded images, a convolution in groups)
+    weights = [torch.nn.grad.conv2d_weight(rows, layer.weight.shape, slopes, layer.stride, layer.padding,
+                                           layer.dilation, layer.groups) for rows, slopes in zip(x, slope)]
+    return {"weight": torch.stack(weights), "bias": slope.sum((1, 3, 4))}
+
+
+def _of_group_norm(layer, x, slope):
+    product = slope * F.group_norm(x.flatten(0, 1), layer.num_groups, eps=layer.eps).reshape(x.shape)
+    return {"weight": product.flatten(3).sum((1, 3)), "bias": slope.flatten(3).sum((1, 3))}
+
+
+def _of_any(layer, x, slope):
+    own = {name: value.detach() for name, value in _own(layer).items()}
+    def one(rows, slopes):
+        back = torch.func.vjp(lambda own: torch.func.functional_call(layer, own, (rows,)), own)[1]
+        return back(slopes)[0]
+    with sdpa_kernel(SDPBackend.MATH): return torch.func.vmap(one)(x, slope)
+
+
+_RULES = {nn.Linear: _of_linear, nn.Conv2d: _of_convolution, nn.GroupNorm: _of_group_norm}
+
+
+def gradients_by_layer(
+    model: nn.Module,       # with parameters to be trained, each used by the layer that holds it
+    loss: Callable,         # (model, batch) -> one value an example (B,); layers see (B, ...), or (B*K, ...) with the
+                            # K rows of an example side by side
+    batch: dict,            # name -> tensor (B, ...)
+) -> dict:                  # name of a parameter -> gradient of each example's loss (B, *shape)
+    "What `per_example_gradients` computes, from one pass of all examples together."
+    count, layers = _count(batch), {name: layer for name, layer in model.named_modules() if _own(layer)}
+    found = {name: value.new_zeros((count, *value.shape)) for name, value in _trained(model).items()}
+    owner = {id(value): name for name, value in model.named_parameters()}  # a shared parameter has one name
+    def visit(name, x, slope):
+        parts = _RULES.get(type(layers[name]), _of_any)(layers[name], x, slope)
+        for leaf, value in _own(layers[name]).items(): found[owner[id(value)]] += parts[leaf]
+    if count: _visit(model, layers, loss, batch, count, visit)
+    return found
+
 # %% ../../nbs/core/23_privacy.ipynb #cb304c0e
 def _check_clip(clip):
     "Require a finite norm above 0 (`ValueError`)."
@@ -417,17 +505,18 @@ def clipped_sum(
     batch: dict,            # name -> tensor (B, ...); B may be 0
     clip: float,            # C, the largest norm that an example may contribute, above 0
     chunk: int | None=None, # examples at a time; None is all
+    *,
+    gradients: Callable=per_example_gradients,  # or `gradients_by_layer`, for a loss and a model that suit it
 ) -> tuple:                 # name -> sum of clipped gradients; norms before clipping (B,), as private as the data
     "The sum of the examples' gradients, none longer than C. No more than `chunk` of them are in memory."
     sums, norms = {name: torch.zeros_like(value) for name, value in _trained(model).items()}, []
     _check_clip(clip)
     for piece in _pieces(batch, chunk):
-        gradients = per_example_gradients(model, loss, piece)
-        lengths = [torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64)
-                   for value in gradients.values()]
+        each = gradients(model, loss, piece)
+        lengths = [torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64) for value in each.values()]
         norms.append(torch.stack(lengths).norm(dim=0))
         factors = clip_factors(norms[-1], clip)
-        for name, value in gradients.items():
+        for name, value in each.items():
             sums[name] += torch.tensordot(factors.to(value), value.nan_to_num(0.0, 0.0, 0.0), dims=1)
     return sums, torch.cat(norms) if norms else next(iter(sums.values())).new_zeros(0, dtype=torch.float64)
 
@@ -446,26 +535,12 @@ def _linear_layers(model):
 
 
 def _passes(model, layers, loss, batch, count):
-    "Layer's name -> all that went in (B, K, in) and the gradients at what came out (B, K, out)."
-    calls, found = [], {}
-    def keep(name):
-        def hook(layer, inputs, output):
-            calls.append((name, inputs[0].detach(), output))
-            return output.clone()  # what follows may change it in place
-        return hook
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad(): losses = _check_losses(loss(model, batch), count)
-    finally:
-        for handle in handles: handle.remove()
-    slopes = torch.autograd.grad(losses.sum(), [output for _, _, output in calls], allow_unused=True)
-    for (name, inputs, _), slope in zip(calls, slopes):
-        if slope is None: continue  # the loss does not depend on it
-        if slope.shape[:-1].numel() % count:
-            raise ValueError(f"loss: expected inputs of {name or 'the model'} with a row, or K rows, for each of "
-                             f"{count} examples, got shape {tuple(inputs.shape)}")
-        pair = inputs.reshape(count, -1, inputs.shape[-1]), slope.reshape(count, -1, slope.shape[-1])
+    "Layer's name -> all that went in (B, K, in) and the slopes at what came out (B, K, out)."
+    found = {}
+    def visit(name, x, slope):
+        pair = x.flatten(1, -2), slope.flatten(1, -2)
         found[name] = [torch.cat(parts, dim=1) for parts in zip(found[name], pair)] if name in found else pair
+    _visit(model, layers, loss, batch, count, visit)
     return found
 
 
