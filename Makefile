@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test lab results bench scale docs readme notebooks clean
+.PHONY: help setup demo test lab results bench scale audit docs readme notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ bench: setup ## timings of PAPER against straightforward ways to do the same
 
 scale: setup ## build, train one step, save and resume every configuration of PAPER
 	$(RUN) scale $(PAPER)
+
+audit: setup ## attack DPDM's private step, right and sabotaged: lower bounds of epsilon, where 1 is claimed
+	$(BIN)/python -c "from diffusion_papers.dpdm import report_audit; raise SystemExit(not report_audit())"
 
 docs: setup readme ## the site, in _docs (a first sketch)
 	$(BIN)/python tools/site.py

@@ -80,7 +80,11 @@ def do_train(args):
     module = paper(args.paper)
     if args.preset not in module.CONFIGS:
         raise ValueError(f"--preset: {args.paper} has {', '.join(module.CONFIGS)}; got {args.preset!r}")
-    config = module.CONFIGS[args.preset].override(**dict(args.set))
+    changes = dict(args.set)
+    if getattr(module, "PRIVATE", False):
+        if "public" in changes: raise ValueError("--set: for public=... say --i-know-data-are-public")
+        changes["public"] = args.i_know_data_are_public
+    config = module.CONFIGS[args.preset].override(**changes)
     folder = Path(args.folder or f"runs/{args.paper}/{args.preset}")
     began = time.perf_counter()
     model = module.train(config, folder, resume=args.resume, device=args.device, workers=args.workers)
@@ -112,6 +116,8 @@ def do_evaluate(args):
     from diffusion_papers.core.evidence import write_json
     module = paper(args.paper)
     rows = module.evaluate(_model(args), **converted(module.evaluate, args.set))
+    if not rows:
+        raise ValueError("--model: its data are private, or yours to bring, and are not read unasked; measure it from Python")
     print("  ".join(f"{name:>14s}" for name in rows[0]))
     for row in rows:
         print("  ".join(f"{value:14.4g}" if isinstance(value, float) else f"{value!s:>14s}" for value in row.values()))
@@ -191,14 +197,18 @@ def parser(
         "  " + line for line in arguments_of(getattr(paper(slug), action)).values())
 
     command("list", do_list)
-    command("train", do_train, fields,
-            preset={"default": "cpu", "help": "a named configuration, see `list` (default: cpu)"},
-            set=overrides, device=device,
-            folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
-            resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
-            half={"action": "store_true", "help": "write the weights in 16 bits: half the size"},
-            workers={"type": int, "default": 0, "help": "processes that read data, for each GPU (default: none, read in between)"},
-            output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
+    trained = command(
+        "train", do_train, fields,
+        preset={"default": "cpu", "help": "a named configuration, see `list` (default: cpu)"},
+        set=overrides, device=device,
+        folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
+        resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
+        half={"action": "store_true", "help": "write the weights in 16 bits: half the size"},
+        workers={"type": int, "default": 0, "help": "processes that read data, for each GPU (default: none, read in between)"},
+        output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
+    for slug in papers("PRIVATE"):  # papers whose training data are people's
+        trained[slug].add_argument("--i-know-data-are-public", action="store_true",
+                                   help="no privacy is meant: noise may be drawn again from the seed")
     command("sample", do_sample, arguments("sample"),
             set=overrides, model=model, device=on_cpu,
             output={"metavar": "FILE", "default": "samples.png", "help": "a PNG picture (default: samples.png)"})

@@ -41,17 +41,27 @@ if start_accelerator("cpu").is_main_process: torch.save(torch.tensor(distance, d
 
 
 def launcher(processes):
-    return [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    "Starts several processes of this machine (`accelerate launch --cpu` starts one, whatever number it is told)."
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+MARK = """
+import pathlib, sys
+from diffusion_papers.core.training import processes
+ours = processes("cpu")
+pathlib.Path(sys.argv[1], f"process {ours.process_index} of {ours.num_processes}").touch()
+"""
 
 
 def launched(program_text, folder, processes, *more):
+    "Run a program in so many processes, and see that there were so many."
     folder.mkdir(exist_ok=True)
     program = folder.parent / "program.py"
-    program.write_text(program_text)
+    program.write_text(MARK + program_text)
     words = [*(launcher(processes) if processes > 1 else [sys.executable]), program, folder, *more]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in folder.glob("process *")} == {f"process {rank} of {processes}" for rank in range(processes)}
 
 
 def trained(folder, processes, accumulate=1):

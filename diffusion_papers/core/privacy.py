@@ -395,8 +395,7 @@ def _visit(model, layers, loss, batch, count, visit):
     trained, leaves, called, losses = _trained(model), [], set(), _Losses(model, loss)
     def rows(name, value):
         if len(value) % count:
-            raise ValueError(f"loss: expected inputs of {name or 'the model'} with a row, or K rows, for each of "
-                             f"{count} examples, got shape {tuple(value.shape)}")
+            raise ValueError(f"loss: expected inputs of {name or 'the model'} with one row, or K rows, an example")
         return value.detach().reshape(count, -1, *value.shape[1:])
     def attach(name):
         def on_call(layer, inputs, output):
