@@ -516,7 +516,7 @@ def open_run(
     if path.is_file(): step, _ = load_run(path, model, average, optimizer, config.training)
     return Ledger.open(folder / "ledger.json", mechanism, at_least=step), step
 
-
+# %% ../nbs/papers/06_dpdm.ipynb #57dbf0bb
 def train(
     config: DpdmConfig=DpdmConfig(),  # what to train, and at which price
     folder: Path | str | None=None,   # where the run and its ledger are kept; None for public data alone

@@ -275,3 +275,9 @@ def test_odd_pictures_are_found_before_the_ledger_opens(tmp_path):
     with pytest.raises(ValueError, match="x0"):
         dpdm.train(SHORT, tmp_path / "run", device="cpu", data=TensorSet(odd["x0"], class_label=odd["class_label"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_scenes_are_measured_by_the_judge():
+    model = dpdm.build(replace(dpdm.SCENES, public=True))
+    row, = dpdm.evaluate(model, 100, steps=2, kinds=())
+    assert row["frechet"] > 100 and 0 <= row["judged"] < 0.6  # it was not trained

@@ -436,8 +436,8 @@ def _of_linear(layer, x, slope):
 
 def _of_convolution(layer, x, slope):
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str): return _of_any(layer, x, slope)
-    # a loop over examples on purpose: the K rows of one are a batch for the library's own kernel, which beats
-    # everything that serves all examples in one call (products of unfolded images, a convolution in groups)
+    # a loop over examples on purpose: the K rows of one are a batch for the library's own kernel. In networks of the
+    # size of a U-Net that is faster than products of unfolded images; for thousands of tiny pictures it is slow
     weights = [torch.nn.grad.conv2d_weight(rows, layer.weight.shape, slopes, layer.stride, layer.padding,
                                            layer.dilation, layer.groups) for rows, slopes in zip(x, slope)]
     return {"weight": torch.stack(weights), "bias": slope.sum((1, 3, 4))}
