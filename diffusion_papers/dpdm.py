@@ -10,9 +10,10 @@ __all__ = ['DATA_STD', 'PARAMETERISATIONS', 'PRIVATE', 'FORMS', 'by_layer_clippe
            'multiplied_loss', 'with_draws', 'glyphs', 'Scenes', 'load_data', 'test_data', 'fetch', 'check_data',
            'private_gradients', 'open_run', 'train', 'save_model', 'load_model', 'load_pretrained', 'reverse_diffusion',
            'strong_churn', 'sample_images', 'sample', 'classifier', 'accuracy', 'fit_classifier', 'utility',
-           'judged_scenes', 'evaluate', 'study_claim', 'fit_private_classifier', 'study_classifiers', 'attack_score',
-           'epsilon_bound', 'audit', 'study_audit', 'report_audit', 'load_authors_checkpoint', 'one_step',
-           'generate_data', 'demonstrate', 'bench_step', 'benchmark']
+           'judged_scenes', 'evaluate', 'study_claim', 'fit_private_classifier', 'study_classifiers', 'study_width',
+           'picture_losses', 'study_membership', 'attack_score', 'epsilon_bound', 'audit', 'study_audit',
+           'report_audit', 'load_authors_checkpoint', 'one_step', 'generate_data', 'demonstrate', 'bench_step',
+           'benchmark']
 
 # %% ../nbs/papers/06_dpdm.ipynb #931ed3b9
 import copy
@@ -925,6 +926,48 @@ def study_classifiers(
         found[kind] = accuracy(network, unseen["x0"], unseen["class_label"])
     return found
 
+# %% ../nbs/papers/06_dpdm.ipynb #545981f6
+def study_width(
+    setting: dict,  # "width", hidden units, and "seed"
+) -> dict:          # parameters, noise_norm (of a step, in units of C), and a row of `evaluate`
+    "Train a perceptron of another width."
+    config = DIGITS.override(public=True, **{"perceptron.width": setting["width"], "training.seed": setting["seed"]})
+    model = train(config, device="cpu")
+    parameters = sum(p.numel() for p in model.parameters())
+    plan = config.mechanism(model.guarantee["mechanism"]["examples"])
+    return {"parameters": parameters, "noise_norm": plan.noise_multiplier * math.sqrt(parameters) / plan.expected_batch,
+            **evaluate(model, seed=setting["seed"])[0]}
+
+
+@torch.no_grad()
+def picture_losses(
+    model: PrivateDenoiser,  # trained
+    batch: dict,             # x0 (B, C, H, W), class_label (B,)
+    draws: int=256,          # K, of noise level and noise; the same number for every picture
+    seed: int=0,             # of the draws
+) -> torch.Tensor:           # mean loss of each picture (B,)
+    "How well a model knows each picture: its loss over many draws, the class always shown."
+    config = replace(model.config, draws=draws, label_dropout=0.0)
+    parts = [with_draws({name: value[chosen] for name, value in batch.items()}, config,
+                        torch.Generator().manual_seed(step_seed(seed, part)))
+             for part, chosen in enumerate(torch.arange(len(batch["x0"])).split(100))]
+    return torch.cat([multiplied_loss(model, part) for part in parts])
+
+
+def study_membership(
+    setting: dict,  # "epsilon" (0 is no privacy), "people" (pictures in training), "steps", "seed"
+) -> dict:          # seen, unseen: mean losses; auc: chance that a seen picture has the smaller loss of a pair
+    "Train on some of the digits; compare the losses of these with those of unseen ones."
+    config = DIGITS.override(public=True, epsilon=setting["epsilon"], **{
+        "training.seed": setting["seed"], "training.steps": setting["steps"],
+        "training.batch_size": setting["people"] // 2})
+    data = digits("train")  # in the order of writers: so people are drawn
+    private = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:setting["people"]].tolist()]
+    model = train(config, device="cpu", data=TensorSet(private["x0"], class_label=private["class_label"]))
+    seen, unseen = picture_losses(model, private), picture_losses(model, digits("test").tensors, seed=1)
+    return {"seen": seen.mean().item(), "unseen": unseen.mean().item(),
+            "auc": (seen[:, None] < unseen[None]).float().mean().item()}
+
 # %% ../nbs/papers/06_dpdm.ipynb #0c282fff
 SABOTAGE = ("none", "no noise", "each draw is clipped", "noise over K")
 
@@ -1011,12 +1054,16 @@ def report_audit(
     return right
 
 
-STUDIES = {"claim": study_claim, "classifiers": study_classifiers, "audit": study_audit}
+STUDIES = {"claim": study_claim, "classifiers": study_classifiers, "audit": study_audit, "width": study_width,
+           "membership": study_membership}
 EXPERIMENTS = ([{"study": "claim", "variant": variant, "seed": seed} for variant in VARIANTS for seed in range(3)]
                + [{"study": "classifiers", "data": data, "epsilon": epsilon, "seed": seed}
                   for data, epsilon in (("digits", 0), ("digits", 10), ("digits", 1), ("glyphs", 0), ("glyphs", 1))
                   for seed in range(3)]
-               + [{"study": "audit", "sabotage": sabotage, "seed": seed} for sabotage in SABOTAGE for seed in range(3)])
+               + [{"study": "audit", "sabotage": sabotage, "seed": seed} for sabotage in SABOTAGE for seed in range(3)]
+               + [{"study": "width", "width": width, "seed": seed} for width in (24, 48, 96, 192) for seed in range(3)]
+               + [{"study": "membership", "people": people, "epsilon": epsilon, "steps": 500, "seed": seed}
+                  for people in (200, 1438) for epsilon in (0, 10) for seed in range(3)])
 
 # %% ../nbs/papers/06_dpdm.ipynb #7b847232
 def load_authors_checkpoint(
