@@ -362,7 +362,7 @@ def half_plane_amplitudes(
     spectrum = Matern(alpha, tau, scale=tau**(alpha - 1))
     omega_squared = (2 * math.pi * first / lengths[0])**2 + (2 * math.pi * second / lengths[1])**2
     kept = (first + second > 0) | ((first + second == 0) & (first > 0))
-    return kept * math.prod(shape) * math.sqrt(2 / math.prod(lengths)) * spectrum(omega_squared).sqrt()
+    return spectrum(omega_squared).sqrt() * kept * (math.prod(shape) * math.sqrt(2 / math.prod(lengths)))
 
 
 def half_plane_field(
