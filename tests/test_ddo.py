@@ -1,5 +1,6 @@
 """DDO and what it stands on: names, kills, files, the solver's promises, the same function on many grids."""
 import argparse
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -78,6 +79,19 @@ def test_the_released_processes_train_and_sample(config, tmp_path):
     assert torch.equal(*drawn) and drawn[0].shape == (2, config.channels, 48, 48) and torch.isfinite(drawn[0]).all()
 
 
+@pytest.mark.parametrize("config", [
+    SHORT, replace(ddo.CONFIGS["mnist_sdf"], points=32, unet=SMALL_UNET),
+    replace(ddo.CONFIGS["volcano"], points=24, length=0.08, ushaped=SMALL_U)])
+def test_what_is_computed_stays_on_the_device_of_its_input(config, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())  # unknown to "meta"
+    with torch.device("meta"):  # which refuses to mix with the CPU
+        model = ddo.build(config)
+        v, level = torch.zeros(2, config.channels, config.points, config.points), torch.full((2,), 0.5)
+    assert model(v, level).device.type == "meta" and ddo.colored(config, v).device.type == "meta"
+    process, time = ddo.BlurredVP(), level.double()
+    assert ddo.blurred_step(process, v[:, 0].double(), v[:, 0].double(), time, time)[0].device.type == "meta"
+
+
 def test_samples_are_the_seeds_and_nested_ones_agree_on_grids():
     model = ddo.load_pretrained()
     one, same, other = (ddo.sample_functions(model, 2, 32, calls=8, seed=seed) for seed in (0, 0, 1))
@@ -126,8 +140,16 @@ def test_functions_are_read_from_arrays(tmp_path, kind):
     with h5py.File(tmp_path / "a.h5", "w") as file: file["u"] = values
     read = [ddo.read_functions(tmp_path / f"a.{suffix}", kind=kind) for suffix in ("npy", "npz", "h5")]
     assert all(torch.equal(each, read[0]) for each in read) and read[0].shape == (3, 1 + (kind == "phase"), 8, 6)
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with open(tmp_path / "objects.npy", "wb") as file:  # the header of an array of objects
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": (1,)})
     with pytest.raises(ValueError, match="damaged, or no file of arrays"): ddo.read_functions(tmp_path / "objects.npy")
+
+
+def test_only_vorticity_is_compared_unasked():
+    config = replace(ddo.CONFIGS["mnist_sdf"], points=32, unet=SMALL_UNET)
+    model = ddo.build(config)
+    assert ddo.evaluate(model, 2, points=(32,)) == []
+    assert len(ddo.evaluate(model, 2, points=(32,), calls=3, data=ddo.digit_distances("test", 32)[:4])) == 1
 
 
 def test_a_released_volcano_file_is_read_with_its_average(tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['KERNELS', 'GaussianMeasure', 'Matern', 'SquaredExponential', 'white'
 # %% ../../nbs/core/25_gaussian_fields.ipynb #633d9835
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,13 +22,18 @@ from .spectral import cosine_transform, resample, wave_numbers
 from .training import step_seed
 
 # %% ../../nbs/core/25_gaussian_fields.ipynb #1043d67a
-class GaussianMeasure:
+class GaussianMeasure(ABC):
     "N(0, C) on functions over a box, drawn on any grid; `modes` and `values` change the basis, C is diagonal there."
     dim = 2  # of the box
 
-    def eigenvalues(self, shape): raise NotImplementedError
-    def modes(self, u): raise NotImplementedError
-    def values(self, coefficients, shape): raise NotImplementedError
+    @abstractmethod
+    def eigenvalues(self, shape): "Of C on a grid: one for each number that `modes` gives."
+
+    @abstractmethod
+    def modes(self, u): "Coefficients of functions on a grid."
+
+    @abstractmethod
+    def values(self, coefficients, shape): "Functions on a grid from their coefficients."
 
     def apply(
         self,
@@ -57,7 +63,7 @@ class GaussianMeasure:
         "Draws on a grid."
         return self.color(torch.randn(count, *shape, generator=generator, device=generator.device, dtype=dtype))
 
-    def trace(self, shape): return self.eigenvalues(shape).sum().item()
+    def trace(self, shape): return self.eigenvalues(shape).sum().item()  # the mean square of a draw
 
 # %% ../../nbs/core/25_gaussian_fields.ipynb #b2e9cbc0
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ class PeriodicField(GaussianMeasure):
         self.nyquist, self.cutoff = nyquist, cutoff
 
     @functools.lru_cache(maxsize=64)
-    def eigenvalues(self, shape, half=False):
-        "By wave, in the order of the Fourier transform (n_1, ..., n_d), float64."
+    def eigenvalues(self, shape, half=True):
+        "By wave, in the order of the real Fourier transform, or of the whole one (half=False), float64."
         number = wave_numbers(shape, half=half)
         squared = sum(k.square() for k in number)
         kept = torch.ones(squared.shape, dtype=torch.bool)
@@ -143,14 +149,12 @@ class PeriodicField(GaussianMeasure):
         if self.mean_free: kept = kept & (squared > 0)
         return self.spectrum(squared * (2 * math.pi / self.length)**2) * kept
 
-    def apply(self, u, power=1.0):
-        "A power of the covariance operator, by the real Fourier transform."
-        shape, axes = tuple(u.shape[-self.dim:]), tuple(range(-self.dim, 0))
-        eigenvalues = self.eigenvalues(shape, half=True)
-        factor = torch.where(eigenvalues > 0, eigenvalues, 1.0)**power * (eigenvalues > 0)
-        return torch.fft.irfftn(torch.fft.rfftn(u, dim=axes) * factor.to(u), s=shape, dim=axes)
+    def trace(self, shape): return self.eigenvalues(shape, half=False).sum().item()
+    def modes(self, u): return torch.fft.rfftn(u, dim=self._axes())
+    def values(self, coefficients, shape): return torch.fft.irfftn(coefficients, s=shape, dim=self._axes())
+    def _axes(self): return tuple(range(-self.dim, 0))
 
-
+# %% ../../nbs/core/25_gaussian_fields.ipynb #4b18b4da
 class CosineField(GaussianMeasure):
     "A Gaussian measure on a box with reflecting walls: cosines on the middles of cells."
 
@@ -215,14 +219,12 @@ KERNELS = {  # r / length -> correlation
 
 def grid_points(
     shape: tuple,         # of the grid (n_1, ..., n_d)
-    length: float=1.0,    # of each side
-    end: bool=False,      # whether the last point is the end of the box
 ) -> torch.Tensor:        # places (N, d), the last axis moves fastest, float64
-    "The points of a grid over a box, from 0."
-    lines = [torch.arange(n, dtype=torch.float64) * length / (n - 1 if end else n) for n in shape]
+    "The points of a grid over the unit box, from 0; the end is left out."
+    lines = [torch.arange(n, dtype=torch.float64) / n for n in shape]
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(shape))
 
-
+# %% ../../nbs/core/25_gaussian_fields.ipynb #ec0dd884
 class KernelField(GaussianMeasure):
     "A Gaussian measure with a kernel for its covariances, by dense matrices."
 
@@ -234,13 +236,12 @@ class KernelField(GaussianMeasure):
         dim: int=2,            # of the box
         variance: float=1.0,   # of a point
         jitter: float=1e-6,    # variance of white noise on top, which keeps the matrix positive
-        end: bool=False,       # whether the last point of a grid is the end of the box
         limit: int=2**31,      # most bytes of a covariance matrix
     ):
         check_choice(kernel, "kernel", KERNELS); check_range(jitter, "jitter", 0.0)
         if not length > 0: raise ValueError(f"length: expected a number above 0, got {length}")
         self.kernel, self.length, self.dim, self.variance = kernel, length, dim, variance
-        self.jitter, self.end, self.limit = jitter, end, limit
+        self.jitter, self.limit = jitter, limit
 
     @functools.lru_cache(maxsize=8)
     def covariance(self, shape):
@@ -249,7 +250,7 @@ class KernelField(GaussianMeasure):
         if size > self.limit:
             raise ValueError(f"shape: a covariance matrix on {tuple(shape)} points takes {size:,} bytes, the limit is "
                              f"{self.limit:,}; measures of waves or cosines need none")
-        points = grid_points(shape, end=self.end)
+        points = grid_points(shape)
         return (self.variance * KERNELS[self.kernel](torch.cdist(points, points) / self.length)
                 + self.jitter * torch.eye(len(points), dtype=torch.float64))
 

@@ -97,7 +97,7 @@ def _from_waves(size, modes, misplaced, dtype, device):
     along = torch.polar((number < size[0]).double()[:, None].expand_as(angle).contiguous(), angle)
     return along.to(device=device, dtype=dtype.to_complex()), across.T * size[1]
 
-
+# %% ../../nbs/core/21_neural_operators.ipynb #92002d2b
 def waves_2d(
     u: torch.Tensor,  # functions on a grid (B, C, n_1, n_2)
     rows: int,        # waves along the first axis: as many as are not negative as there are negative ones, or one more
@@ -120,7 +120,7 @@ def values_2d(
     half = (waves @ along).transpose(2, 3).contiguous()
     return torch.view_as_real(half).flatten(3) @ across
 
-
+# %% ../../nbs/core/21_neural_operators.ipynb #67d02275
 def spectral_convolution_2d(
     u: torch.Tensor,          # function on a grid (B, C_in, n_1, n_2)
     weight: torch.Tensor,     # kernel, real and imaginary part (C_out, C_in, rows, columns, 2), as in `waves_2d`
@@ -148,11 +148,10 @@ class SpectralConv2d(nn.Module):
         channels_in: int,   # of the function
         channels_out: int,  # of the result
         modes: int,         # waves with a number up to this one, along each axis, at least 1
-        std: float | None=None,  # of the initial weights; None keeps the size of a function with waves of equal energy
     ):
         super().__init__()
         check_range(modes, "modes", 1)
-        std = math.sqrt(1 / (2 * channels_in)) if std is None else std
+        std = math.sqrt(1 / (2 * channels_in))  # keeps the size of a function with waves of equal energy
         self.weight = nn.Parameter(std * torch.randn(channels_out, channels_in, 2 * modes + 1, modes + 1, 2))
 
     def forward(self, u): return spectral_convolution_2d(u, self.weight)

@@ -396,7 +396,7 @@ def _unet_leaf(name):
     return name.replace("conv1.weight", "conv1._weight").replace("conv2.weight", "conv2._weight").replace(
         "conv.weight", "conv._weight").replace("skip.conv._weight", "skip.conv.weight")
 
-
+# %% ../../nbs/core/27_operator_networks.ipynb #b88273a5
 _U_BLOCKS = ("block1", "block2", "block3", "block4", "inv2_9", "inv3", "inv4", "inv5")
 
 
@@ -427,7 +427,7 @@ def _gano_pairs(network):
     if network.place is not None:
         yield from ((name, f"knet.{name.removeprefix('place.')}") for name in network.state_dict() if "place." in name)
 
-
+# %% ../../nbs/core/27_operator_networks.ipynb #72dd94e4
 def operator_keys(
     network: nn.Module,  # FnoUNet, UShapedOperator or Gano
 ) -> list:               # (our parameter, their parameter), in their order
