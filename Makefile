@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test lab results bench scale audit docs readme notebooks clean
+.PHONY: help setup demo test lab results bench scale audit docs look readme notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,8 +40,12 @@ scale: setup ## build, train one step, save and resume every configuration of PA
 audit: setup ## attack DPDM's private step, right and sabotaged: lower bounds of epsilon, where 1 is claimed
 	$(BIN)/python -c "from diffusion_papers.dpdm import report_audit; raise SystemExit(not report_audit())"
 
-docs: setup readme ## the site, in _docs (a first sketch)
+docs: setup readme ## the site, in _docs
 	$(BIN)/python tools/site.py
+
+look: setup ## the site and JupyterLab in a real browser (Debian's chromium): faults, figures, search, accessibility; pictures in _out/screens
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/test_site.py tests/test_lab.py
 
 readme: setup ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

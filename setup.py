@@ -8,10 +8,11 @@ settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
-# Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks; `bench` is for timings alone.
+# Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks; `bench` is for timings
+# alone, `browser` for looking at the site.
 extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")}
-extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench") for package in packages})
-extras["dev"] = extras["dev"] + extras["all"]
+extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench", "docs", "browser") for package in packages})
+extras["dev"] = extras["dev"] + extras["docs"] + extras["all"]
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",

@@ -10,10 +10,11 @@ __all__ = ['NINE', 'OTHERS', 'TASKS', 'METHODS', 'ADM256', 'PHOTOGRAPH_FILM', 'P
            'FilmConfig', 'FilmBlock', 'FilmNet', 'I2sbConfig', 'I2sb', 'build', 'at_size', 'bridge_loss', 'noise_loss',
            'OtherLight', 'load_data', 'test_data', 'train', 'check_mask', 'fill_holes', 'estimator', 'restore_images',
            'DigitJudge', 'psnr', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step', 'sample',
-           'room', 'squares', 'blended', 'read_picture', 'read_mask', 'write_picture', 'shipped', 'check_picture',
-           'restore', 'study_digits', 'library_restored', 'patch_projections', 'sliced_distance', 'photograph_measures',
-           'tuned', 'study_photographs', 'study_noise', 'desk', 'load_authors_checkpoint', 'from_adm', 'listed',
-           'restore_data', 'quality', 'demonstrate', 'benchmark']
+           'room', 'squares', 'stretches', 'blended', 'read_picture', 'read_mask', 'write_picture', 'shipped',
+           'check_picture', 'noise_of_place', 'restore_piece', 'restore', 'study_digits', 'library_restored',
+           'patch_projections', 'sliced_distance', 'photograph_measures', 'tuned', 'study_photographs', 'study_noise',
+           'desk', 'load_authors_checkpoint', 'from_adm', 'listed', 'restore_data', 'quality', 'demonstrate',
+           'benchmark']
 
 # %% ../nbs/papers/03_i2sb.ipynb #066aae2c
 import functools
@@ -768,6 +769,25 @@ def squares(
     return list(itertools.product(*starts))
 
 
+def stretches(
+    side: int,      # of a picture that squares fill, pixels
+    tile: int,      # of a square
+    overlap: int,   # of neighbours
+    longest: int,   # of a stretch; three squares at least
+) -> list[tuple]:   # start, stop, and the weight of each pixel between them (stop - start,); at each place they sum to 1
+    "Stretches of a side that are restored one after another; neighbours share two squares and more."
+    stride, squares_in = tile - overlap, lambda length: (length - overlap) // (tile - overlap)
+    total, most = squares_in(side), max(3, squares_in(longest))
+    count = max(1, -(-(total - 2) // (most - 2)))   # stretches, as few as there can be
+    length = min(total, -(-(total - 2) // count) + 2)  # squares of each
+    firsts = [min(number * (length - 2), total - length) for number in range(count)]
+    spans = [(first * stride, (first + length) * stride + overlap) for first in firsts]
+    middles = [(stop + start) / 2 for (_, stop), (start, _) in pairwise(spans)]
+    after = lambda middle: ((torch.arange(side) - middle) / max(overlap, 1) + 0.5).clamp(0, 1)  # 0 before, 1 behind
+    shares = pairwise([torch.ones(side), *map(after, middles), torch.zeros(side)])
+    return [(start, stop, (mine - next_one)[start:stop]) for (start, stop), (mine, next_one) in zip(spans, shares)]
+
+
 def blended(
     estimate: Callable,   # states (B, C, tile, tile), times (B,) -> estimates (B, C', tile, tile)
     tile: int,            # side of a square, pixels
@@ -857,6 +877,43 @@ def check_picture(
         warnings.warn(f"task: this model learned {model.config.task}, not {task}")
 
 # %% ../nbs/papers/03_i2sb.ipynb #28ea4bbb
+def noise_of_place(
+    seed: int,             # of all noise
+    rows: range,           # of the picture that are asked for; the first is a multiple of `block`
+    columns: slice,        # of the picture that are asked for
+    width: int,            # of the picture
+    block: int,            # rows that are drawn together
+) -> Callable:             # noise(x) -> standard normal (1, C, len(rows), columns), other numbers at each call
+    "Noise that depends on the place in a picture and on how often it was asked for, not on the piece that asks."
+    calls = itertools.count()
+    def noise(x):
+        call, blocks = next(calls), range(rows.start // block, -(-rows.stop // block))
+        draws = [torch.randn(x.shape[1], block, width, generator=torch.Generator().manual_seed(step_seed(seed, call, number)))
+                 for number in blocks]
+        return torch.cat(draws, dim=1)[None, :, :len(rows), columns].to(x)
+    return noise
+
+
+def restore_piece(
+    model: I2sb,              # a bridge, for squares of the size `tile`
+    x1: torch.Tensor,         # degraded piece (1, C, H, W) that squares fill
+    mask: torch.Tensor | None,# 1 in holes (1, 1, H, W)
+    noise: Callable,          # noise(x) -> standard normal, of x's shape
+    calls: int,               # of the network, for each square
+    *squares,                 # tile, overlap, batch_size, callback of `blended`
+) -> torch.Tensor:            # restored (1, C, H, W)
+    "Restore a piece of a picture, square by square in every step."
+    channels = x1.shape[1]
+    if mask is not None: x1 = torch.where(mask > 0, noise(x1), x1)
+    def estimate(stack, index):  # the state and, where the network sees it, the degraded picture below
+        x, condition = stack[:, :channels], stack[:, channels:]
+        return clean_estimate(model.schedule, x, model(x, index, condition), index)
+    whole = blended(estimate, *squares)
+    stacked = (lambda x: torch.cat([x, x1], dim=1)) if model.config.conditional else lambda x: x
+    return follow_bridge(lambda x, index: whole(stacked(x), index), x1 + noise(x1) if model.config.noisy_start else x1, model.schedule,
+                         calls, mask=mask, noise=noise if model.config.stochastic else None)
+
+# %% ../nbs/papers/03_i2sb.ipynb #ca28fbe2
 @torch.no_grad()
 def restore(
     picture,                       # degraded: a path, a Pillow image, or a tensor (3, H, W) in [-1, 1]
@@ -870,41 +927,36 @@ def restore(
     tile: int=64,                  # side of the squares, pixels, a multiple of 16
     overlap: int=16,               # of neighbours, pixels, a multiple of 16
     batch_size: int=16,            # squares at once
+    piece: int=1024,               # longest side that is restored in one go, pixels; memory grows with its square
     progress: bool=True,           # whether a bar is shown
     output: Path | str | None=None,# a PNG file to write, too
 ) -> torch.Tensor:                 # restored (3, H, W) in [-1, 1]; enlarged where the task says so
-    "Restore a picture of any size, square by square."
+    "Restore a picture of any size: piece by piece, and in a piece square by square."
     check_choice(task, "task", TASKS)
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     check_picture(model, task, mask)
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % 16: raise ValueError(f"{name}: expected a multiple of 16, got {value}")
-    check_range(overlap, "overlap", 0, tile - 16)
-    model = at_size(model, tile)
-    x1, generator = read_picture(picture), torch.Generator().manual_seed(seed)
+    check_range(overlap, "overlap", 0, tile - 16); check_range(piece, "piece", 1); check_range(batch_size, "batch_size", 1)
+    model, x1 = at_size(model, tile), read_picture(picture)
     if TASKS[task].enlarge > 1: x1 = F.interpolate(x1, scale_factor=TASKS[task].enlarge, mode="nearest")
     if mask is not None: mask = read_mask(mask, x1)
     height, width = x1.shape[2:]
-    border = (0, room(width, tile, overlap) - width, 0, room(height, tile, overlap) - height)
-    x1 = F.pad(x1, border, mode="replicate").to(model.device)
-    if mask is not None:
-        mask = F.pad(mask, border).to(x1)
-        x1 = fill_holes(x1, mask, generator)
-    channels, start = x1.shape[1], x1 + white(generator)(x1) if model.config.noisy_start else x1
-
-    def estimate(stack, index):  # the state and, where the network sees it, the degraded picture below
-        x, condition = stack[:, :channels], stack[:, channels:]
-        return clean_estimate(model.schedule, x, model(x, index, condition), index)
-
-    batches = -(-len(squares(*x1.shape[2:], tile, overlap)) // batch_size)
-    with require("tqdm.auto", "train").tqdm(total=calls * batches, desc=task, unit="batch",
-                                            disable=not progress) as bar:
-        whole = blended(estimate, tile, overlap, batch_size, bar.update)
-        stacked = (lambda x: torch.cat([x, x1], dim=1)) if model.config.conditional else lambda x: x
-        restored = follow_bridge(lambda x, index: whole(stacked(x), index), start, model.schedule, calls, mask=mask,
-                                 noise=white(generator) if model.config.stochastic else None)
-    restored = restored[0, :, :height, :width].clamp(-1, 1).cpu()
+    rows, columns = (stretches(room(side, tile, overlap), tile, overlap, piece) for side in (height, width))
+    places, restored = list(itertools.product(rows, columns)), torch.zeros_like(x1)
+    batches = [-(-len(squares(bottom - top, right - left, tile, overlap)) // batch_size)
+               for (top, bottom, _), (left, right, _) in places]
+    with require("tqdm.auto", "train").tqdm(total=calls * sum(batches), desc=task, unit="batch", disable=not progress) as bar:
+        for (top, bottom, down), (left, right, across) in places:
+            beyond = (0, max(0, right - width), 0, max(0, bottom - height))  # squares may need more than there is
+            cut = lambda image: F.pad(image[:, :, top:bottom, left:right], beyond, mode="replicate").to(model.device)
+            noise = noise_of_place(seed, range(top, bottom), slice(left, right), columns[-1][1], tile - overlap)
+            found = restore_piece(model, cut(x1), None if mask is None else cut(mask), noise, calls, tile, overlap, batch_size, bar.update)
+            part = restored[:, :, top:bottom, left:right]
+            part += (down[:, None] * across * found.cpu())[:, :, :part.shape[2], :part.shape[3]]
+    if mask is not None: restored = torch.where(mask > 0, restored, x1)  # weights sum to 1 but for rounding
+    restored = restored[0].clamp_(-1, 1)
     if output is not None: write_picture(output, restored)
     return restored
 
@@ -1282,9 +1334,9 @@ def benchmark(
 ) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios; for pictures seconds and peak memory
     "Corruptions beside plain library calls, the sampler beside bare calls of the network, pictures of several sizes."
     device, pictures = check_device(device), []
-    for side in (512, 1024, 2048):
+    for side in (512, 1024, 2048, 3072):
         pictures.append({"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
             "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
-            f"picture = torch.rand(3, {side}, {side}) * 2 - 1",
+            f"picture = torch.rand(3, {side}, {side})",
             f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)})
     return _bench_corruptions(device) + _bench_sampler(device) + pictures

@@ -145,6 +145,31 @@ def test_a_picture_is_restored_alike_in_one_piece_and_in_squares(conditional):
     assert one.shape == picture.shape and (one - many).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("overlap", [0, 16])
+def test_a_picture_is_restored_alike_in_one_go_and_in_pieces(overlap):
+    "With noise and a hole: what a piece draws depends on the place alone, and the pieces' weights sum to one."
+    model = i2sb.build(PICTURES)
+    pixelwise = torch.nn.Conv2d(3, 3, 1)
+    model.network.forward = lambda x, label, condition=None: pixelwise(x)
+    picture, mask = torch.rand(3, 150, 210) * 2 - 1, torch.zeros(150, 210)
+    mask[40:110, 30:180] = 1
+    one, many = (i2sb.restore(picture, "inpaint", mask, model=model, calls=4, tile=32, overlap=overlap, piece=piece, progress=False)
+                 for piece in (1000, 100))
+    assert len(i2sb.stretches(i2sb.room(210, 32, overlap), 32, overlap, 100)) > 2
+    assert (one - many).abs().max() < 1e-5 and torch.equal(many[:, mask == 0], picture[:, mask == 0])
+
+
+@pytest.mark.parametrize("side,tile,overlap,longest", [(64, 64, 16, 64), (65, 64, 16, 1), (1000, 64, 0, 200), (3000, 128, 112, 1024), (112, 64, 16, 112)])
+def test_stretches_cover_a_side_and_share_two_squares(side, tile, overlap, longest):
+    side = i2sb.room(side, tile, overlap)
+    found, total = i2sb.stretches(side, tile, overlap, longest), torch.zeros(side)
+    for start, stop, weight in found:
+        assert start % (tile - overlap) == 0 and (stop - start - overlap) % (tile - overlap) == 0 and (weight >= 0).all()
+        total[start:stop] += weight
+    assert (total - 1).abs().max() < 1e-6 and found[-1][1] == side
+    assert all(before[1] - after[0] >= 2 * (tile - overlap) for before, after in zip(found, found[1:]))
+
+
 def test_around_a_hole_a_picture_stays_as_it_is(tmp_path):
     picture, mask = torch.rand(3, 40, 50) * 2 - 1, torch.zeros(40, 50)
     mask[10:20, 5:30] = 1
@@ -184,7 +209,7 @@ def test_what_is_no_picture_is_refused_and_nothing_is_written(tmp_path):
             (whole, "inpaint", None, {}, "mask: the task 'inpaint' needs one"), (whole, "jpeg", whole, {}, "mask: the task 'jpeg' takes none"),
             (whole, "inpaint", tmp_path / "small.png", {}, "mask: expected shape"), (whole, "inpaint", tmp_path / "text.png", {}, "mask: .* cannot"),
             (whole, "jpeg", None, {"tile": 50}, "tile: expected a multiple of 16"), (whole, "jpeg", None, {"overlap": 64}, "overlap: expected"),
-            (whole, "jpeg", None, {"calls": 1000}, "calls: expected")]:
+            (whole, "jpeg", None, {"calls": 1000}, "calls: expected"), (whole, "jpeg", None, {"piece": 0}, "piece: expected")]:
         with pytest.raises(ValueError, match=words):
             i2sb.restore(picture, task, mask, model=model, output=output, progress=False, **{"calls": 1} | options)
     with pytest.raises(ValueError, match="ending in .png"): i2sb.restore(whole, "jpeg", model=model, calls=1, output=tmp_path / "o.jpg", progress=False)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from diffusion_papers.core.evidence import stale_studies
 from diffusion_papers.core.registry import paper, papers
@@ -47,6 +49,36 @@ def test_notebook_is_small_and_compared(notebook):
     assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {})
                    for cell in shown for output in cell["outputs"])
     assert len(cells) < 6 or shown, "no stored outputs"
+
+
+SCHEMA = json.loads((ROOT / "tests" / "quarto.schema.json").read_text())
+
+
+def test_configuration_of_quarto_has_the_keys_that_it_knows():
+    jsonschema.Draft202012Validator(SCHEMA).validate(yaml.safe_load((ROOT / "_quarto.yml").read_text()))
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate({"project": {"type": "website"}, "websight": {}}, SCHEMA)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_plain(notebook):
+    "Nothing that one builder alone understands: no fences, no front matter; metadata of a few kinds."
+    content = json.loads(notebook.read_text())
+    check = lambda kind, value: jsonschema.Draft202012Validator({**SCHEMA["$defs"][kind], "$defs": SCHEMA["$defs"]}).validate(value)
+    check("notebook", content["metadata"])
+    for cell in content["cells"]:
+        check("cell", cell["metadata"])
+        assert cell["cell_type"] in ("code", "markdown")  # raw cells are front matter
+        if cell["cell_type"] == "markdown":
+            assert not re.search(r"^(:::|```\{|---\s*$)", "".join(cell["source"]), re.MULTILINE)
+
+
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.parent.name == "papers"], ids=lambda path: path.stem)
+def test_papers_end_with_exercises_whose_solutions_are_folded(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    solutions = [cell for cell in cells if "solution" in cell["metadata"].get("tags", [])]
+    assert len(solutions) >= 3
+    assert all(cell["metadata"]["jupyter"] == {"source_hidden": True, "outputs_hidden": True} for cell in solutions)
+    assert all("assert" in "".join(cell["source"]) for cell in solutions)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def rendered(cell, number):
     if cell.source.startswith("#| hide"): return ""
     parts = [] if "#| echo: false" in cell.source else [f"```python\n{cell.source}\n```"]
     for output in cell.outputs:
-        if "text" in output: parts.append(f"```\n{output.text.rstrip()}\n```")
+        if "text/markdown" in output.get("data", {}): parts.append(rebased(output.data["text/markdown"]))
+        elif "text" in output: parts.append(f"```\n{output.text.rstrip()}\n```")
         elif "image/png" in output.get("data", {}):
             picture = ROOT / "nbs" / "images" / f"index_{number}.png"
             picture.parent.mkdir(exist_ok=True)

@@ -1,60 +1,164 @@
-"""A first sketch of the site: every notebook as a page with a list of all pages, in _docs. Plotly is written once beside them."""
+"""The site, in _docs: every notebook as a page, and an API reference. Sphinx, MyST-NB and sphinx-book-theme build it; this adapts what they read."""
 import html
+import importlib
+import inspect
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
 import plotly
-from nbconvert import HTMLExporter
+from fastcore.docments import docments
+from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "_docs"
+NOTEBOOKS, PAGES, OUT = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
 PLOTLY = "application/vnd.plotly.v1+json"
-NAVIGATION = ("<nav style='padding:.6rem 1.2rem;font:14px/1.9 system-ui,sans-serif;"
-              "border-bottom:1px solid #ccc'>{}</nav>")
+DOCUMENTS = {"../CHANGELOG.md": "CHANGELOG.md", "../CONTRIBUTING.md": "CONTRIBUTING.md"}
 
 
-def prepared(notebook, depth):
-    "Directives and hidden cells taken out, plotly figures as elements that plotly.js draws."
-    cells = []
+def notebooks():
+    "All notebooks in reading order, by caption of the list of pages."
+    names = lambda pattern: sorted(path for path in NOTEBOOKS.glob(pattern) if ".ipynb_checkpoints" not in path.parts)
+    others = [path for path in names("*.ipynb") if path.stem != "index"]
+    return {"": [NOTEBOOKS / "index.ipynb"], "Papers": names("papers/*.ipynb"), "Shared by the papers": names("core/*.ipynb"),
+            "At hand": others}
+
+
+def caption(markdown):
+    "The last paragraph before a picture, as its alternative text."
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[*`#>$\\|]", "", markdown))
+    lines = [line for line in plain.strip().splitlines() if line.strip()]
+    return "Picture: " + (lines[-1].strip()[:300].rstrip(":") if lines else "what the cell above shows")
+
+
+def figure_html(figure, name, about, up):
+    "A plotly figure as a place that `figures.js` draws into."
+    content = json.dumps(figure).replace("</", "<\\/")
+    return (f"<script src='{up}_static/plotly.min.js' defer></script>"
+            f"<div class='figure-place' id='{name}' role='group' aria-label='{html.escape(about, quote=True)}'></div>"
+            f"<script type='application/json'>{content}</script>")
+
+
+def adapted(path):
+    "A notebook as MyST-NB should read it: no directives, no hidden cells, pictures with alternative texts."
+    notebook, page = nbformat.read(path, as_version=4), path.relative_to(NOTEBOOKS)
+    up, before, cells, moving = "../" * (len(page.parts) - 1), "", [], None
     for number, cell in enumerate(notebook.cells):
-        lines = cell.source.splitlines()
-        directives = {line.strip() for line in lines if line.startswith("#| ")}
+        directives = {line.strip() for line in cell.source.splitlines() if line.startswith("#| ")}
         if "#| hide" in directives or any(line.startswith("#| default_exp") for line in directives): continue
-        cell.source = "\n".join(line for line in lines if not line.startswith("#| "))
-        cell.source = cell.source.replace(".ipynb)", ".html)") if cell.cell_type == "markdown" else cell.source
-        if "#| echo: false" in directives: cell.metadata["transient"] = {"remove_source": True}
-        for output in cell.get("outputs", []):
-            if PLOTLY in output.get("data", {}):
-                name, figure = f"figure-{number}", output.data.pop(PLOTLY)
-                draw = (f"const f={json.dumps(figure)};Plotly.newPlot('{name}',f.data,f.layout)"
-                        f".then(()=>Plotly.addFrames('{name}',f.frames||[]))")
-                output.data["text/html"] = f"<div id='{name}'></div><script>{{{draw}}}</script>"
+        cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#| ")).strip("\n")
+        if cell.cell_type == "markdown":
+            for there, here in DOCUMENTS.items(): cell.source = cell.source.replace(f"]({there})", f"]({here})")
+            before = cell.source
+        else:
+            folded = ["hide-cell"] if "solution" in cell.metadata.get("tags", []) else []
+            cell.metadata = nbformat.from_dict({"tags": folded + (["remove-input"] if "#| echo: false" in directives else []),
+                                                "mystnb": {"image": {"alt": caption(before)}}})
+            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
+            for output in cell.outputs:
+                if PLOTLY in output.get("data", {}):
+                    figure = output.data.pop(PLOTLY)
+                    output.data = {"text/html": figure_html(figure, f"figure-{number}", caption(before), up)}
+                    cell.metadata.tags.append("hide-input")
+                    if moving is None and page.parts[0] == "papers":  # a paper's page begins with its first moving picture
+                        moving = nbformat.v4.new_markdown_cell(figure_html(figure, "figure-first", caption(before), up)
+                                                               + f"\n\n{before.split(chr(10) * 2, 1)[-1]}")
         cells.append(cell)
+    source = f"_static/notebooks/{page.as_posix()}"
+    links = f'<p class="page-links"><a href="{up}{source}" download>Download this notebook</a>, or run it: <code>make lab</code>, then open <code>{page.as_posix()}</code>.</p>'
+    title, _, rest = cells[0].source.partition("\n\n**Paper.**")
+    if rest: cells.insert(1, nbformat.v4.new_markdown_cell("**Paper.**" + rest))
+    cells[0].source = title
+    cells[1:1] = [nbformat.v4.new_markdown_cell(links), *([moving] if moving else [])]
     notebook.cells = cells
     return notebook
 
 
-def title(path):
-    "A notebook's title is its first heading."
-    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
+def contents(listed, api):
+    "The list of all pages, for the first one."
+    trees = [f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```"
+             for title, pages in (*listed.items(), ("Reference", api)) if title]
+    return nbformat.v4.new_markdown_cell("\n\n".join(trees))
+
+
+def described(thing):
+    "The arguments of a function as a table, from the comments of its signature."
+    rows = []
+    for name, about in docments(thing, full=True, returns=True).items():
+        if name == "self": continue
+        default = "" if about.get("default", inspect.Parameter.empty) is inspect.Parameter.empty else f"`{about.default!r}`"
+        what = (about.get("docment") or "").replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| {'*returns*' if name == 'return' else f'`{name}`'} | {default} | {what} |")
+    return "\n".join(["| argument | default | what it is |", "|---|---|---|", *rows]) if rows else ""
+
+
+def entry(name, thing):
+    "One public name of a module."
+    if not callable(thing) or not (inspect.isfunction(thing) or inspect.isclass(thing)):
+        return f"## `{name}`\n\nA constant of type `{type(thing).__name__}`."
+    text = inspect.getdoc(thing) if "__doc__" in vars(thing) or inspect.isfunction(thing) else ""
+    parts = [f"## `{name}`", text or ""]
+    try: parts.append(described(thing))
+    except (TypeError, ValueError, OSError): pass
+    if inspect.isclass(thing):
+        for method, function in vars(thing).items():
+            if method.startswith("_") or not inspect.isfunction(function): continue
+            parts += [f"### `{name}.{method}`", inspect.getdoc(function) or "", described(function)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def api_page(module, notebook):
+    "The reference of a module."
+    names = [name for name in module.__all__ if not name.startswith("_")]
+    about = (module.__doc__ or "").strip()
+    where = f"Explained in [{notebook.stem}](../{notebook.relative_to(NOTEBOOKS).as_posix()})."
+    return "\n\n".join([f"# `{module.__name__}`", about, where, *(entry(name, getattr(module, name)) for name in names)]) + "\n"
+
+
+def write_api():
+    "All pages of the reference; their names."
+    (PAGES / "api").mkdir()
+    written = []
+    for path in [path for group in notebooks().values() for path in group]:
+        found = re.search(r"#\| default_exp (\S+)", path.read_text(encoding="utf-8").replace("\\n", " "))
+        if not found or found[1].strip('",') == "__main__": continue
+        name = found[1].strip('",')
+        module = importlib.import_module(f"diffusion_papers.{name}")
+        (PAGES / "api" / f"{name}.md").write_text(api_page(module, path), encoding="utf-8")
+        written.append(f"api/{name}")
+    return written
+
+
+def write_pages():
+    "Everything that Sphinx reads."
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(ROOT / "tools" / "site_theme", PAGES, ignore=shutil.ignore_patterns("*.css", "*.js", "*.svg", "__pycache__"))
+    static = PAGES / "_static"
+    static.mkdir()
+    for kind in ("css", "js", "svg"):
+        for file in (ROOT / "tools" / "site_theme").glob(f"*.{kind}"): shutil.copy(file, static)
+    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", static)
+    for document in DOCUMENTS.values(): shutil.copy(ROOT / document, PAGES)
+    groups = notebooks()
+    for path in [path for group in groups.values() for path in group]:
+        page = path.relative_to(NOTEBOOKS)
+        for place in (PAGES, static / "notebooks"): (place / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, static / "notebooks" / page)
+        notebook = adapted(path)
+        if page.stem == "index":
+            listed = {title: [p.relative_to(NOTEBOOKS).with_suffix("").as_posix() for p in paths] for title, paths in groups.items()}
+            notebook.cells.append(contents(listed, [*write_api(), "CHANGELOG", "CONTRIBUTING"]))
+        nbformat.write(notebook, PAGES / page)
 
 
 if __name__ == "__main__":
-    shutil.rmtree(OUT, ignore_errors=True)
-    pages = {path: path.relative_to(ROOT / "nbs").with_suffix(".html")
-             for path in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
-    titles = {path: title(path) for path in pages}
-    for path, page in pages.items():
-        up = "../" * (len(page.parts) - 1)
-        body, _ = HTMLExporter(template_name="lab").from_notebook_node(prepared(nbformat.read(path, as_version=4), up))
-        links = " · ".join(f"<a href='{up}{other}'>{html.escape(titles[p].split(':')[0])}</a>"
-                           for p, other in pages.items())
-        body = (body.replace("<head>", f"<head><script src='{up}plotly.min.js'></script>", 1)
-                .replace("<main>", NAVIGATION.format(links) + "<main>", 1))
-        (OUT / page).parent.mkdir(parents=True, exist_ok=True)
-        (OUT / page).write_text(body, encoding="utf-8")
-    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", OUT / "plotly.min.js")
-    for document in ("CONTRIBUTING.md", "CHANGELOG.md"): shutil.copy(ROOT / document, OUT / document)
-    print(f"{len(pages)} pages in {OUT.relative_to(ROOT)}")
+    write_pages()
+    built = PAGES.parent / "html"  # MyST-NB puts files of its own beside it
+    for folder in (built, OUT): shutil.rmtree(folder, ignore_errors=True)
+    failed = build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(PAGES.parent / "doctrees"), str(PAGES), str(built)])
+    shutil.move(built, OUT)
+    print(f"{len(list(OUT.rglob('*.html')))} pages in {OUT.relative_to(ROOT)}")
+    sys.exit(failed)
