@@ -11,7 +11,7 @@ __all__ = ['SOLVERS', 'WEIGHTINGS', 'DISTANCES', 'DIGITS', 'CONFIGS', 'TEACHER_P
            'distance_for', 'train', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
            'teacher_samples', 'evaluate', 'arithmetic', 'fid', 'student_authors_keys', 'teacher_places',
            'teacher_tensors', 'read_msgpack', 'load_authors_teacher', 'errors_along_time', 'study_claim',
-           'study_ablation', 'demonstrate', 'benchmark']
+           'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/02_dfno.ipynb #54c3e92f
 import functools
@@ -36,6 +36,7 @@ from .core.configs import Config
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, briefly, build_denoiser, distance_to_data,
                                              load_denoiser, one_each, short_training)
+from .core.evidence import file_digest
 from .core.generation import Generated, generate, generated_moments, noise_for
 from .core.metrics import Moments, to_bytes
 from .core.networks import Attention, ConvBlock, ResidualMLP, leaves, modules_in_order, unet_config
@@ -785,10 +786,19 @@ def study_ablation(
     return {"rows": evaluate(model, calls=())}
 
 
-STUDIES = {"claim": study_claim, "ablation": study_ablation}
+def study_scenes(
+    setting: dict,  # "seed" of the noise
+) -> dict:          # what is stored, and which file the student came from
+    "Scenes: one call of the shipped convolutional student beside its teacher's DDIM."
+    model = load_pretrained("dfno_shapes", check_device(None))
+    return {"rows": evaluate(model, seed=1000 + setting["seed"]), "model": file_digest(pretrained_path("dfno_shapes"))}
+
+
+STUDIES = {"claim": study_claim, "ablation": study_ablation, "scenes": study_scenes}
 EXPERIMENTS = (
     [{"study": "claim", "seed": seed} for seed in range(3)]
-    + [{"study": "ablation", "variant": variant, "seed": seed} for variant in ABLATIONS for seed in range(3)])
+    + [{"study": "ablation", "variant": variant, "seed": seed} for variant in ABLATIONS for seed in range(3)]
+    + [{"study": "scenes", "seed": seed} for seed in range(3)])
 
 # %% ../nbs/papers/02_dfno.ipynb #c8507604
 def demonstrate():  # a Demonstration

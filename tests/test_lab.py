@@ -1,7 +1,6 @@
 """JupyterLab in a real browser: each paper's notebook is run up to its first control, which is moved by keyboard and by mouse."""
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -63,6 +62,10 @@ def test_the_first_control_of_a_paper_works(lab, path):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{address}lab/tree/{path.name}?reset", wait_until="load")
         page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+        asked = page.locator(".jp-Dialog .jp-mod-accept")  # for a kernel, where none has been chosen before
+        asked.or_(page.get_by_text("| Idle")).first.wait_for(timeout=60_000)
+        if asked.is_visible(): asked.click()
+        page.get_by_text("| Idle").wait_for(timeout=60_000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_selector(".jp-OutputArea .widget-slider .noUi-handle", timeout=180_000)

@@ -20,8 +20,8 @@ def rebased(text):
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
 
 
-def rendered(cell, number):
-    "One cell as Markdown."
+def rendered(cell, number, before):
+    "One cell as Markdown; the last paragraph of the text before it describes its picture."
     if cell.cell_type == "markdown": return rebased(cell.source)
     if cell.source.startswith("#| hide"): return ""
     parts = [] if "#| echo: false" in cell.source else [f"```python\n{cell.source}\n```"]
@@ -32,11 +32,15 @@ def rendered(cell, number):
             picture = ROOT / "nbs" / "images" / f"index_{number}.png"
             picture.parent.mkdir(exist_ok=True)
             picture.write_bytes(base64.b64decode(output.data["image/png"]))
-            parts.append(f"![](nbs/images/{picture.name})")
+            parts.append(f"![{before.strip().splitlines()[-1]}](nbs/images/{picture.name})")
     return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
     cells = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
-    text = "\n\n".join(part for number, cell in enumerate(cells) if (part := rendered(cell, number).strip()))
+    parts, before = [], ""
+    for number, cell in enumerate(cells):
+        parts.append(rendered(cell, number, before).strip())
+        if cell.cell_type == "markdown": before = cell.source
+    text = "\n\n".join(filter(None, parts))
     (ROOT / "README.md").write_text(text + "\n", encoding="utf-8")
