@@ -83,7 +83,7 @@ def test_two_processes_draw_and_measure_what_one_does(tmp_path):
     one, two = (Generated(tmp_path / str(processes) / "samples").__getitems__(range(70))["x0"] for processes in (1, 2))
     assert torch.equal(one, two)
     one, two = (torch.load(tmp_path / str(processes) / "distance.pt").item() for processes in (1, 2))
-    assert abs(one / two - 1) < 1e-9
+    assert abs(one / two - 1) < 1e-7  # sums in another order, and a root of a matrix: 2e-9 was seen on one processor
 
 
 def test_the_command_line_trains_with_two_processes(tmp_path):

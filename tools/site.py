@@ -59,6 +59,8 @@ def adapted(path):
                                                 "mystnb": {"image": {"alt": caption(before)}}})
             cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
             for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):  # links in text that a cell made are no references to pages
+                    output.data["text/markdown"] = output.data["text/markdown"].replace(".ipynb)", ".html)")
                 if PLOTLY in output.get("data", {}):
                     figure = output.data.pop(PLOTLY)
                     output.data = {"text/html": figure_html(figure, f"figure-{number}", caption(before), up)}

@@ -55,3 +55,9 @@ const near = new IntersectionObserver(seen => seen.filter(entry => entry.isInter
   draw(entry.target);
 }), {rootMargin: "600px"});
 document.querySelectorAll(".figure-place").forEach(place => near.observe(place));
+
+// A formula that is wider than the page scrolls, so the keyboard must reach it.
+addEventListener("load", () => window.MathJax?.startup?.promise?.then(() =>
+  document.querySelectorAll("mjx-container[display=true]").forEach(formula => {
+    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
+  })));
