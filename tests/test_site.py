@@ -136,17 +136,14 @@ def test_every_page_opens_without_a_fault_and_its_figures_move(pages, browser):
             low, high = zip(*Image.open(io.BytesIO(place.screenshot())).convert("RGB").getextrema())
             if max(high) - min(low) < 30: still.append((name, identity, "blank"))
             for control in page.query_selector_all(f"#{identity} + .figure-controls :is(input, select)"):
-                look = f"() => document.getElementById('{identity}').innerHTML"
-                last = control.evaluate("c => c.type == 'range' ? c.value == c.max : c.selectedIndex == c.options.length - 1")
-                before, options = page.evaluate(look), control.evaluate("c => c.type == 'range' ? 2 : c.options.length")
+                look, changed = f"() => document.getElementById('{identity}').innerHTML", False
+                before = page.evaluate(look)
                 control.focus()
-                for _ in range(options - 1):  # two entries of a menu may show the same
-                    page.keyboard.press("ArrowLeft" if last else "ArrowRight")
-                    page.wait_for_timeout(300)
-                    if changed := page.evaluate(look) != before: break
-                if not changed:
-                    page.wait_for_timeout(5000)
-                    if page.evaluate(look) == before: still.append((name, identity, control.evaluate("c => c.tagName")))
+                for key in ("End", "Home"):  # some entries of a menu show the same
+                    page.keyboard.press(key)
+                    page.wait_for_timeout(500)
+                    changed = changed or page.evaluate(look) != before
+                if not changed: still.append((name, identity, control.evaluate("c => c.tagName")))
         page.close()
     assert not faults and not still
 

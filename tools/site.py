@@ -156,11 +156,21 @@ def write_pages():
         nbformat.write(notebook, PAGES / page)
 
 
+def lighten(page):
+    "Let a page be read before its scripts are there: what can wait, waits."
+    text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", page.read_text(encoding="utf-8"))
+    if page.stem != "search":  # which starts as soon as it is read
+        later = "doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
+        text = re.sub(rf'<script (src="[^"]*\b(?:{later})\.js)', r"<script defer \1", text)
+    page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     write_pages()
     built = PAGES.parent / "html"  # MyST-NB puts files of its own beside it
     for folder in (built, OUT): shutil.rmtree(folder, ignore_errors=True)
     failed = build_main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(PAGES.parent / "doctrees"), str(PAGES), str(built)])
     shutil.move(built, OUT)
+    for page in OUT.rglob("*.html"): lighten(page)
     print(f"{len(list(OUT.rglob('*.html')))} pages in {OUT.relative_to(ROOT)}")
     sys.exit(failed)
