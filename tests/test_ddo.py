@@ -17,7 +17,7 @@ from diffusion_papers.__main__ import main
 from diffusion_papers.core.checkpoints import CheckpointError
 from diffusion_papers.core.fluids import FourthOrder, energy, enstrophy, solve, speed
 from diffusion_papers.core.gaussian_fields import Matern, PeriodicField, nested_sample
-from diffusion_papers.core.operator_networks import (FnoUNetConfig, Gano, GanoConfig, UShapedConfig, UShapedOperator,
+from diffusion_papers.core.operator_networks import (FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
                                                      operator_keys, unused_tensors)
 from diffusion_papers.core.spectral import energy_spectrum, resample
 

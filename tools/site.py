@@ -42,8 +42,21 @@ def figure_html(figure, name, about, up):
             f"<script type='application/json'>{content}</script>")
 
 
+def adapted_code(cell, directives, about, figure):
+    "A code cell, in place: tags for what is folded or left out, an alternative text; `figure` makes a place of a plotly figure."
+    tags = (["hide-cell"] if "solution" in cell.metadata.get("tags", []) else []) + (["remove-input"] if "#| echo: false" in directives else [])
+    cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "text/markdown" in data: data["text/markdown"] = data["text/markdown"].replace(".ipynb)", ".html)")  # no references to pages
+        if PLOTLY in data:
+            output.data = {"text/html": figure(data[PLOTLY])}
+            tags.append("hide-input")
+    cell.metadata = nbformat.from_dict({"tags": tags, "mystnb": {"image": {"alt": about}}})
+
+
 def adapted(path):
-    "A notebook as MyST-NB should read it: no directives, no hidden cells, pictures with alternative texts."
+    "A notebook as MyST-NB should read it: no directives, no hidden cells, pictures with alternative texts; a paper begins with what moves."
     notebook, page = nbformat.read(path, as_version=4), path.relative_to(NOTEBOOKS)
     up, before, cells, moving = "../" * (len(page.parts) - 1), "", [], None
     for number, cell in enumerate(notebook.cells):
@@ -54,20 +67,12 @@ def adapted(path):
             for there, here in DOCUMENTS.items(): cell.source = cell.source.replace(f"]({there})", f"]({here})")
             before = cell.source
         else:
-            folded = ["hide-cell"] if "solution" in cell.metadata.get("tags", []) else []
-            cell.metadata = nbformat.from_dict({"tags": folded + (["remove-input"] if "#| echo: false" in directives else []),
-                                                "mystnb": {"image": {"alt": caption(before)}}})
-            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
-            for output in cell.outputs:
-                if "text/markdown" in output.get("data", {}):  # links in text that a cell made are no references to pages
-                    output.data["text/markdown"] = output.data["text/markdown"].replace(".ipynb)", ".html)")
-                if PLOTLY in output.get("data", {}):
-                    figure = output.data.pop(PLOTLY)
-                    output.data = {"text/html": figure_html(figure, f"figure-{number}", caption(before), up)}
-                    cell.metadata.tags.append("hide-input")
-                    if moving is None and page.parts[0] == "papers":  # a paper's page begins with its first moving picture
-                        moving = nbformat.v4.new_markdown_cell(figure_html(figure, "figure-first", caption(before), up)
-                                                               + f"\n\n{before.split(chr(10) * 2, 1)[-1]}")
+            figures = [output.data[PLOTLY] for output in cell.outputs if PLOTLY in output.get("data", {})]
+            about = caption(before)
+            adapted_code(cell, directives, about, lambda figure: figure_html(figure, f"figure-{number}", about, up))
+            if figures and moving is None and page.parts[0] == "papers":
+                text = before.partition("\n\n")[2]
+                moving = nbformat.v4.new_markdown_cell(f"{figure_html(figures[0], 'figure-first', about, up)}\n\n{text}")
         cells.append(cell)
     source = f"_static/notebooks/{page.as_posix()}"
     links = f'<p class="page-links"><a href="{up}{source}" download>Download this notebook</a>, or run it: <code>make lab</code>, then open <code>{page.as_posix()}</code>.</p>'
