@@ -72,9 +72,10 @@ def test_notebook_is_plain(notebook):
             assert not re.search(r"^(:::|```\{|---\s*$)", "".join(cell["source"]), re.MULTILINE)
 
 
-@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.parent.name == "papers"], ids=lambda path: path.stem)
-def test_papers_end_with_exercises_whose_solutions_are_folded(notebook):
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.parent.name in ("core", "papers")], ids=lambda path: path.stem)
+def test_a_notebook_says_what_one_must_know_and_ends_with_exercises_whose_solutions_are_folded(notebook):
     cells = json.loads(notebook.read_text())["cells"]
+    assert "**What you need to know.**" in "".join(cells[0]["source"])
     solutions = [cell for cell in cells if "solution" in cell["metadata"].get("tags", [])]
     assert len(solutions) >= 3
     assert all(cell["metadata"]["jupyter"] == {"source_hidden": True, "outputs_hidden": True} for cell in solutions)

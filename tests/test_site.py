@@ -86,6 +86,10 @@ def test_pages_are_light(pages):
     assert {name: size for name in pages if (size := (SITE / name).stat().st_size) > 5e6} == {}
 
 
+def test_tables_are_tables(pages):
+    assert [name for name in pages if re.search(r"<p>\s*\|", (SITE / name).read_text(encoding="utf-8"))] == []
+
+
 def test_papers_begin_with_what_moves(pages):
     for name in pages:
         if name.startswith("papers/"):

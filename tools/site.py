@@ -1,4 +1,5 @@
 """The site, in _docs: every notebook as a page, and an API reference. Sphinx, MyST-NB and sphinx-book-theme build it; this adapts what they read."""
+import functools
 import html
 import importlib
 import inspect
@@ -42,13 +43,42 @@ def figure_html(figure, name, about, up):
             f"<script type='application/json'>{content}</script>")
 
 
+def module_of(path):
+    "The module that a notebook writes, without the package's name; None where it writes none."
+    found = re.search(r'#\| default_exp ([\w.]+)', path.read_text(encoding="utf-8"))
+    return found[1] if found and found[1] != "__main__" else None
+
+
+@functools.cache
+def reference():
+    "Public name -> the modules that have it, and every module itself."
+    found = {}
+    for name in filter(None, map(module_of, sum(notebooks().values(), []))):
+        found[name] = [name]
+        for public in importlib.import_module(f"diffusion_papers.{name}").__all__: found.setdefault(public, []).append(name)
+    return found
+
+
+def linked(text, home, up):
+    "A page's text whose words in code style lead to the reference, once each: names of the page's own module, or of one alone."
+    seen = set()
+    def link(found):
+        word = found[1]
+        modules = reference().get(word, [])
+        module = home if home in modules else modules[0] if len(modules) == 1 else None
+        if module is None or word in seen: return found[0]
+        seen.add(word)
+        return f"[`{word}`]({up}api/{module}.md" + (")" if word == module else f"#{word.lower()})")
+    parts = re.split(r"(^```.*?^```|^#.*?$)", text, flags=re.DOTALL | re.MULTILINE)  # neither in fences nor in headings
+    return "".join(part if part.startswith(("```", "#")) else re.sub(r"(?<![`\[])`([\w.]+)`(?!`)", link, part) for part in parts)
+
+
 def adapted_code(cell, directives, about, figure):
     "A code cell, in place: tags for what is folded or left out, an alternative text; `figure` makes a place of a plotly figure."
     tags = (["hide-cell"] if "solution" in cell.metadata.get("tags", []) else []) + (["remove-input"] if "#| echo: false" in directives else [])
     cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
     for output in cell.outputs:
         data = output.get("data", {})
-        if "text/markdown" in data: data["text/markdown"] = data["text/markdown"].replace(".ipynb)", ".html)")  # no references to pages
         if PLOTLY in data:
             output.data = {"text/html": figure(data[PLOTLY])}
             tags.append("hide-input")
@@ -58,7 +88,7 @@ def adapted_code(cell, directives, about, figure):
 def adapted(path):
     "A notebook as MyST-NB should read it: no directives, no hidden cells, pictures with alternative texts; a paper begins with what moves."
     notebook, page = nbformat.read(path, as_version=4), path.relative_to(NOTEBOOKS)
-    up, before, cells, moving = "../" * (len(page.parts) - 1), "", [], None
+    up, home, before, cells, moving = "../" * (len(page.parts) - 1), module_of(path), "", [], None
     for number, cell in enumerate(notebook.cells):
         directives = {line.strip() for line in cell.source.splitlines() if line.startswith("#| ")}
         if "#| hide" in directives or any(line.startswith("#| default_exp") for line in directives): continue
@@ -66,6 +96,7 @@ def adapted(path):
         if cell.cell_type == "markdown":
             for there, here in DOCUMENTS.items(): cell.source = cell.source.replace(f"]({there})", f"]({here})")
             before = cell.source
+            cell.source = linked(cell.source, home, up)
         else:
             figures = [output.data[PLOTLY] for output in cell.outputs if PLOTLY in output.get("data", {})]
             about = caption(before)
@@ -79,7 +110,8 @@ def adapted(path):
     title, _, rest = cells[0].source.partition("\n\n**Paper.**")
     if rest: cells.insert(1, nbformat.v4.new_markdown_cell("**Paper.**" + rest))
     cells[0].source = title
-    cells[1:1] = [nbformat.v4.new_markdown_cell(links), *([moving] if moving else [])]
+    place = len(cells) if "\n## " in title else 1  # a first cell with sections of its own is not interrupted
+    cells[place:place] = [nbformat.v4.new_markdown_cell(links), *([moving] if moving else [])]
     notebook.cells = cells
     return notebook
 
@@ -130,9 +162,8 @@ def write_api():
     (PAGES / "api").mkdir()
     written = []
     for path in [path for group in notebooks().values() for path in group]:
-        found = re.search(r"#\| default_exp (\S+)", path.read_text(encoding="utf-8").replace("\\n", " "))
-        if not found or found[1].strip('",') == "__main__": continue
-        name = found[1].strip('",')
+        name = module_of(path)
+        if name is None: continue
         module = importlib.import_module(f"diffusion_papers.{name}")
         (PAGES / "api" / f"{name}.md").write_text(api_page(module, path), encoding="utf-8")
         written.append(f"api/{name}")

@@ -11,6 +11,7 @@ import base64
 import io
 import itertools
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -214,6 +215,26 @@ def _controls(controls, start):
     return {name: control(name, values) for name, values in controls.items()}
 
 
+def _live(show, controls, start):
+    "A box of ipywidgets: controls, a bar that moves while a slow picture is computed, and what `show` (**values) makes of them."
+    widgets = require("ipywidgets", "plots")
+    live, picture, took = _controls(controls, start), widgets.Output(), 0.0
+    bar = widgets.HTML('<progress aria-label="computing"></progress>')  # without a value, browsers move it by themselves
+    def redraw(_=None):
+        nonlocal took
+        bar.layout.visibility = "visible" if took > 1 else "hidden"  # what took long before will do so again
+        began = time.perf_counter()
+        try: content = show(**{name: control.value for name, control in live.items()})
+        finally: bar.layout.visibility = "hidden"
+        picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": content},)
+        took = time.perf_counter() - began
+        for control in live.values():  # a slow picture waits until the slider is let go
+            if isinstance(control, widgets.SelectionSlider): control.continuous_update = took < 0.2
+    for control in live.values(): control.observe(redraw, "value")
+    redraw()
+    return widgets.VBox([widgets.HBox([*live.values(), bar]), picture])
+
+
 def explore(
     draw: Callable,           # (**values) -> list of plotly traces (dictionaries), always equally many; or (traces, title)
     controls: dict,           # argument of `draw` -> list of its values; the first becomes the slider of the still form
@@ -222,22 +243,15 @@ def explore(
     background: list=(),      # traces that stay the same, drawn below
 ):
     "Display a picture with controls: ipywidgets in a live kernel, a plotly figure with frames elsewhere."
-    display, widgets = require("IPython.display", "plots"), require("ipywidgets", "plots")
-    figure = require("plotly.graph_objects", "plots").Figure
+    display, figure = require("IPython.display", "plots"), require("plotly.graph_objects", "plots").Figure
     start = {name: values[0] for name, values in controls.items()} | (start or {})
     layout = {"width": 640, "height": 480, "margin": {"l": 50, "r": 20, "t": 60, "b": 40}} | (layout or {})
-    mimetype = "application/vnd.plotly.v1+json"
-    as_data = lambda content: {mimetype: json.loads(figure(content).to_json())}
-
-    live, picture = _controls(controls, start), widgets.Output()
-    def redraw(_=None):
-        traces, title = _drawn(draw, {name: control.value for name, control in live.items()})
+    as_data = lambda content: {"application/vnd.plotly.v1+json": json.loads(figure(content).to_json())}
+    def show(**values):
+        traces, title = _drawn(draw, values)
         titled = {"template": "plotly_white", **layout, "title": {"text": title, "font": {"size": 14}}}
-        content = as_data({"data": [*map(_compact, background), *traces], "layout": titled})
-        picture.outputs = ({"output_type": "display_data", "metadata": {}, "data": content},)
-    for control in live.values(): control.observe(redraw, "value")
-    redraw()
-    box = widgets.VBox([widgets.HBox(list(live.values())), picture])
+        return as_data({"data": [*map(_compact, background), *traces], "layout": titled})
+    box = _live(show, controls, start)
     still = as_data(frames_figure(draw, controls, layout, start, list(background)))
     display.display({**still, **box._repr_mimebundle_()}, raw=True)
 

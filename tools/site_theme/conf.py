@@ -11,6 +11,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"   # outputs are those that the checks have compared
 nb_ipywidgets_js = {}       # a page has no kernel, and loads nothing from elsewhere
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that cells make, too
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header"]
 mathjax3_config = {"options": {"enableMenu": False}}
 
