@@ -6,13 +6,14 @@
 __all__ = ['MIXINGS', 'SOLVERS', 'WEIGHTINGS', 'TARGETS', 'DIGITS', 'CONFIGS', 'REFERENCE_STEPS', 'ABLATIONS', 'SCENE_SOLVERS',
            'SCENE_BUDGETS', 'STUDIES', 'EXPERIMENTS', 'BENCH_NETWORK', 'mix', 'VectorHead', 'ConvHead',
            'head_authors_keys', 'DerivativeHead', 'distilled_slope', 'guided_slope', 'Solver', 'calls_for',
-           'steps_within', 'integrate', 'euler_in_time', 'runge_kutta_45', 'derivative_by_difference',
+           'steps_within', 'integrate', 'euler_in_time', 'runge_kutta_45', 'derivative_by_difference', 'full_precision',
            'distillation_loss', 'GenieConfig', 'Genie', 'build', 'head_loss', 'train_head', 'train', 'one_step',
            'save_model', 'load_model', 'load_pretrained', 'load_authors_checkpoint', 'sample', 'upsample',
            'small_image', 'encode', 'slerp', 'reference_samples', 'head_error', 'conditions_for', 'evaluate', 'fid',
            'study_claim', 'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/01_genie.ipynb #549cc8c9
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -329,6 +330,16 @@ WEIGHTINGS = {"gamma2": 2, "gamma3": 3, "one": 0}  # powers of gamma; the paper'
 TARGETS = ("exact", "difference")
 
 # %% ../nbs/papers/01_genie.ipynb #b7821b46
+@contextlib.contextmanager
+def full_precision(device):
+    "Neither autocast, which forward-mode differentiation does not know, nor TF32, which a difference would magnify."
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        with torch.autocast(device.type, enabled=False): yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def distillation_loss(
     denoiser: Denoiser,      # the frozen diffusion model
     head: DerivativeHead,    # in training
@@ -344,7 +355,7 @@ def distillation_loss(
     check_choice(head_eps, "head_eps", ("pred", "true")); check_choice(target, "target", TARGETS)
     power, walk = WEIGHTINGS[check_choice(weighting, "weighting", WEIGHTINGS)], functools.partial(denoiser, **cond)
     x = x0 + per_sample(sigma, x0) * noise
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(x.device):
         estimate, features, embedding = denoiser.with_features(x, sigma, **cond)
         eps = (x - estimate) / per_sample(sigma, x)
         derivative = (slope_derivative(walk, x, sigma, eps) if target == "exact" else
@@ -490,10 +501,12 @@ def head_loss(
 def train_head(
     config: GenieConfig,            # what to train
     denoiser: Denoiser,             # the trained diffusion model
+    head: DerivativeHead | None=None,  # a head to go on from; None starts anew
     **options,                      # handed to `fit`: folder, resume, device, callback
 ) -> Genie:                         # the model with its distilled head
     "Distil the head of a diffusion model."
     model = build(config)
+    if head is not None: model.head.load_state_dict(head.state_dict())
     denoiser.eval()
     seed = step_seed(config.seed, 1) % 2**31  # other noise than the network's
     head = fit(model.head, functools.partial(head_loss, config=config, denoiser=denoiser), load_data(config.diffusion),
@@ -803,20 +816,20 @@ def study_scenes(
     setting: dict,  # "seed" of the noise
 ) -> dict:          # rows of error and time, and which file the model came from
     "Scenes: distance to a fine reference solution, 128 samples, on both grids."
-    model = load_pretrained("genie_shapes")
-    labels = torch.arange(128) % 6
-    x_T = noise_for(range(128), model.shape, setting["seed"])
+    model = load_pretrained("genie_shapes", check_device(None))
+    labels = torch.arange(128, device=model.device) % 6
+    x_T = noise_for(range(128), model.shape, setting["seed"]).to(model.device)
     reference, rows = reference_samples(model, x_T, model.walk("heun", {"class_label": labels}), steps=100), []
     for solver, budget, exponent in itertools.product((*SCENE_SOLVERS, "taylor"), SCENE_BUDGETS, (1.0, 2.0)):
         if solver == "taylor" and exponent == 2: continue  # the exact derivative takes several times as long
         began = time.perf_counter()
         images = sample(model, x_T=x_T, solver=solver, calls=budget, exponent=exponent, class_label=labels)
+        error = (images - reference).square().mean().sqrt().item()  # waits for the device
         rows.append({"solver": solver, "budget": budget, "exponent": exponent, "seconds": time.perf_counter() - began,
-                     "calls": calls_for(solver, steps_within(solver, budget)),
-                     "error": (images - reference).square().mean().sqrt().item()})
+                     "calls": calls_for(solver, steps_within(solver, budget)), "error": error})
     return {"rows": rows, "model": file_digest(pretrained_path("genie_shapes"))}
 
-# %% ../nbs/papers/01_genie.ipynb #2465bb9d
+# %% ../nbs/papers/01_genie.ipynb #ea142427
 STUDIES = {"claim": study_claim, "ablation": study_ablation, "scenes": study_scenes}
 EXPERIMENTS = (
     [{"study": "claim", "seed": seed} for seed in range(3)]

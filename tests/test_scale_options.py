@@ -70,3 +70,15 @@ def test_models_that_cannot_draw_alone_are_measured_too(kind):
     config = genie.GenieConfig(diffusion, evaluated=3)
     rows = genie.evaluate(genie.build(config), solvers=("genie", "ddim"), budgets=(2,))
     assert len(rows) == 2 and all(row["error"] > 0 and row["frechet"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("target", genie.TARGETS)
+def test_mixed_precision_leaves_the_target_of_the_head_alone(target):
+    "Forward mode does not know autocast, and a difference of rounded answers would be noise."
+    model = genie.load_pretrained("genie_shapes")
+    x0, sigma = torch.rand(4, *model.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.full((4,), 2.0)
+    silent = lambda x, *rest: torch.zeros_like(x)  # so that the loss is the size of the target
+    loss = lambda: genie.distillation_loss(model.denoiser, silent, x0, sigma, torch.ones_like(x0), target=target)
+    plain, before = loss(), torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16): mixed = loss()
+    assert torch.equal(plain, mixed) and torch.backends.cudnn.allow_tf32 == before

@@ -128,7 +128,7 @@ def opened(chromium, address, name, faults, **how):
 
 
 def test_every_page_opens_without_a_fault_and_its_figures_move(pages, browser):
-    faults, still = [], []
+    faults, still, wide = [], [], []
     for name in pages:
         page = opened(*browser, name, faults)
         if "math" in (SITE / name).read_text(encoding="utf-8"):
@@ -148,8 +148,10 @@ def test_every_page_opens_without_a_fault_and_its_figures_move(pages, browser):
                     page.wait_for_timeout(500)
                     changed = changed or page.evaluate(look) != before
                 if not changed: still.append((name, identity, control.evaluate("c => c.tagName")))
+        page.set_viewport_size({"width": 390, "height": 844})  # a phone
+        if page.evaluate("() => document.documentElement.scrollWidth") > 390: wide.append(name)
         page.close()
-    assert not faults and not still
+    assert not faults and not still and not wide
 
 
 def test_search_finds_what_one_looks_for(browser):

@@ -153,8 +153,8 @@ def api_page(module, notebook):
     "The reference of a module."
     names = [name for name in module.__all__ if not name.startswith("_")]
     about = (module.__doc__ or "").strip()
-    where = f"Explained in [{notebook.stem}](../{notebook.relative_to(NOTEBOOKS).as_posix()})."
-    return "\n\n".join([f"# `{module.__name__}`", about, where, *(entry(name, getattr(module, name)) for name in names)]) + "\n"
+    where = f"`import {module.__name__}`, explained in [{notebook.stem}](../{notebook.relative_to(NOTEBOOKS).as_posix()})."
+    return "\n\n".join([f"# `{module.__name__.removeprefix('diffusion_papers.')}`", about, where, *(entry(name, getattr(module, name)) for name in names)]) + "\n"
 
 
 def write_api():
