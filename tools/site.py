@@ -129,6 +129,7 @@ def described(thing):
     for name, about in docments(thing, full=True, returns=True).items():
         if name == "self": continue
         default = "" if about.get("default", inspect.Parameter.empty) is inspect.Parameter.empty else f"`{about.default!r}`"
+        if len(default) > 60: default = f"`{type(about.default).__name__}(...)`"  # a whole configuration
         what = (about.get("docment") or "").replace("|", "\\|").replace("\n", " ")
         rows.append(f"| {'*returns*' if name == 'return' else f'`{name}`'} | {default} | {what} |")
     return "\n".join(["| argument | default | what it is |", "|---|---|---|", *rows]) if rows else ""
@@ -145,7 +146,7 @@ def entry(name, thing):
     if inspect.isclass(thing):
         for method, function in vars(thing).items():
             if method.startswith("_") or not inspect.isfunction(function): continue
-            parts += [f"### `{name}.{method}`", inspect.getdoc(function) or "", described(function)]
+            parts += [f"### `{name}.{method}`", inspect.cleandoc(function.__doc__ or ""), described(function)]
     return "\n\n".join(part for part in parts if part)
 
 
