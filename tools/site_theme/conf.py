@@ -23,6 +23,7 @@ html_js_files = [("figures.js", {"defer": "defer"})]
 html_context = {"default_mode": "auto"}
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
+html_use_index = False        # the reference is pages, and an index of them would be empty
 html_show_sphinx = False
 html_theme_options = {
     "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],  # all of it is at the side
