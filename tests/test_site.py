@@ -1,5 +1,6 @@
 """The site, as it is built: its links and pictures; and in a real browser, where there is one: every page, every figure, search, accessibility."""
 import functools
+import gzip
 import http.server
 import io
 import re
@@ -84,6 +85,16 @@ def test_pictures_have_words_and_formulas_no_dollars(pages):
 
 def test_pages_are_light(pages):
     assert {name: size for name in pages if (size := (SITE / name).stat().st_size) > 5e6} == {}
+
+
+def test_first_page_waits_for_little(pages):
+    "What a browser must have before it shows a word: in one more request each, and small when compressed."
+    text = (SITE / "index.html").read_text(encoding="utf-8")
+    styles = re.findall(r'<link(?=[^>]*rel="stylesheet")[^>]*href="([^"?]+)', text)
+    scripts = re.findall(r'<script(?! defer)[^>]*src="([^"?]+)', text)
+    needed = {name: (SITE / name).read_bytes() for name in ("index.html", *styles, *scripts)}
+    assert len(styles) > 4 and not scripts and not [name for name in styles if b"@import" in needed[name]]
+    assert sum(len(gzip.compress(content)) for content in needed.values()) < 120_000
 
 
 def test_tables_are_tables(pages):

@@ -138,7 +138,9 @@ def described(thing):
 def entry(name, thing):
     "One public name of a module."
     if not callable(thing) or not (inspect.isfunction(thing) or inspect.isclass(thing)):
-        return f"## `{name}`\n\nA constant of type `{type(thing).__name__}`."
+        parts = thing if isinstance(thing, (dict, tuple, list)) else [thing]
+        held = [f"`{part}`" for part in parts if isinstance(part, (str, int, float))]
+        return f"## `{name}`\n\nA constant of type `{type(thing).__name__}`" + (f": {', '.join(held)}." if 0 < len(held) < 30 else ".")
     text = inspect.getdoc(thing) if "__doc__" in vars(thing) or inspect.isfunction(thing) else ""
     parts = [f"## `{name}`", text or ""]
     try: parts.append(described(thing))
@@ -196,8 +198,11 @@ def write_pages():
 def lighten(page):
     "Let a page be read before its scripts are there: what can wait, waits."
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", page.read_text(encoding="utf-8"))
+    text = re.sub(r'styles/theme\.css\?digest=\w+', "basic.css", text)  # all that it holds is an import of that one, a round trip more
+    text = re.sub(r'<script[^>]*scripts/fontawesome\.js[^>]*></script>\s*', "", text)  # its icons come as a font, too, a fifth of the size
+    if 'class="math' not in text: text = re.sub(r'<script[^>]*mathjax/tex-chtml\.js[^>]*></script>\s*', "", text)
     if page.stem != "search":  # which starts as soon as it is read
-        later = "doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
+        later = "documentation_options|doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
         text = re.sub(rf'<script (src="[^"]*\b(?:{later})\.js)', r"<script defer \1", text)
     page.write_text(text, encoding="utf-8")
 
