@@ -36,7 +36,7 @@ def seconds(
 def paired(
     ours: Callable,        # takes no arguments
     peer: Callable,        # does the same in another way
-    repeats: int=15,       # pairs, after one that warms up; at least 1
+    repeats: int=16,       # pairs, after one that warms up; at least 1; even, so that both orders are as frequent
     device: str="cpu",     # where they compute
 ) -> dict:                 # medians: seconds, peer seconds, and speed, the time of the peer over ours (above 1: ours is faster)
     "Two ways to do the same, in turns, the order changing from pair to pair."
