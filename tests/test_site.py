@@ -139,6 +139,7 @@ def opened(chromium, address, name, faults, **how):
 
 
 def test_every_page_opens_without_a_fault_and_its_figures_move(pages, browser):
+    sync_api = pytest.importorskip("playwright.sync_api")
     faults, still, wide = [], [], []
     for name in pages:
         page = opened(*browser, name, faults)
@@ -160,7 +161,8 @@ def test_every_page_opens_without_a_fault_and_its_figures_move(pages, browser):
                     changed = changed or page.evaluate(look) != before
                 if not changed: still.append((name, identity, control.evaluate("c => c.tagName")))
         page.set_viewport_size({"width": 390, "height": 844})  # a phone
-        if page.evaluate("() => document.documentElement.scrollWidth") > 390: wide.append(name)
+        try: page.wait_for_function("() => document.documentElement.scrollWidth <= 390", timeout=3000)  # figures follow a moment later
+        except sync_api.TimeoutError: wide.append(name)
         page.close()
     assert not faults and not still and not wide
 

@@ -200,9 +200,11 @@ def lighten(page):
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", page.read_text(encoding="utf-8"))
     text = re.sub(r'styles/theme\.css\?digest=\w+', "basic.css", text)  # all that it holds is an import of that one, a round trip more
     text = re.sub(r'<script[^>]*scripts/fontawesome\.js[^>]*></script>\s*', "", text)  # its icons come as a font, too, a fifth of the size
+    options = (OUT / "_static" / "documentation_options.js").read_text(encoding="utf-8")  # a few words, not worth a request
+    text = re.sub(r'<script src="[^"]*documentation_options\.js[^"]*"></script>', lambda _: f"<script>{options}</script>", text)
     if 'class="math' not in text: text = re.sub(r'<script[^>]*mathjax/tex-chtml\.js[^>]*></script>\s*', "", text)
     if page.stem != "search":  # which starts as soon as it is read
-        later = "documentation_options|doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
+        later = "doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
         text = re.sub(rf'<script (src="[^"]*\b(?:{later})\.js)', r"<script defer \1", text)
     page.write_text(text, encoding="utf-8")
 
