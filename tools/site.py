@@ -124,22 +124,26 @@ def contents(listed, api):
 
 
 def described(thing):
-    "The arguments of a function as a table, from the comments of its signature."
+    "The arguments of a function as a table, from the comments of its signature; without comments, as a line of names."
     rows = []
     for name, about in docments(thing, full=True, returns=True).items():
-        if name == "self": continue
-        default = "" if about.get("default", inspect.Parameter.empty) is inspect.Parameter.empty else f"`{about.default!r}`"
-        if len(default) > 60: default = f"`{type(about.default).__name__}(...)`"  # a whole configuration
-        what = (about.get("docment") or "").replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| {'*returns*' if name == 'return' else f'`{name}`'} | {default} | {what} |")
-    return "\n".join(["| argument | default | what it is |", "|---|---|---|", *rows]) if rows else ""
+        default, what = about.get("default", inspect.Parameter.empty), (about.get("docment") or "").replace("|", "\\|").replace("\n", " ")
+        if name == "self" or name in ("args", "kwargs", "return") and not what: continue
+        shown = "" if default is inspect.Parameter.empty else f"`{default!r}`"
+        if len(shown) > 60: shown = f"`{type(default).__name__}(...)`"  # a whole configuration
+        rows.append(("*returns*" if name == "return" else f"`{name}`", shown, what))
+    if not any(what for *_, what in rows): return f"Arguments: {', '.join(name for name, *_ in rows)}." if rows else ""
+    if not any(shown for _, shown, _ in rows): rows = [(name, what) for name, _, what in rows]
+    heading = ("argument", "default", "what it is") if len(rows[0]) == 3 else ("argument", "what it is")
+    return "```{rst-class} arguments\n```\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
 
 
 def entry(name, thing):
     "One public name of a module."
+    if not inspect.isclass(thing): thing = inspect.unwrap(thing)  # what a cache wraps
     if not callable(thing) or not (inspect.isfunction(thing) or inspect.isclass(thing)):
         parts = thing if isinstance(thing, (dict, tuple, list)) else [thing]
-        held = [f"`{part}`" for part in parts if isinstance(part, (str, int, float))]
+        held = [f"`{part}`" for part in parts if isinstance(part, (str, int, float)) and len(str(part)) < 60]
         return f"## `{name}`\n\nA constant of type `{type(thing).__name__}`" + (f": {', '.join(held)}." if 0 < len(held) < 30 else ".")
     text = inspect.getdoc(thing) if "__doc__" in vars(thing) or inspect.isfunction(thing) else ""
     parts = [f"## `{name}`", text or ""]
