@@ -48,7 +48,7 @@ from .core.networks import (FAMILIES, ConvBlock, ResidualBlock, ResidualMLP, UNe
 from .core.processes import LinearVP, NoiseProcess
 from .core.samplers import (adams_bashforth, dpm_solver_pp, euler, exact_slope, f_pndm, heun, midpoint,
                                             s_pndm, sigma_grid, slope_derivative, taylor)
-from .core.shapes_world import ShapesWorld, judged, load_judge
+from .core.shapes_world import judged, load_judge
 from .core.timing import paired
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 
