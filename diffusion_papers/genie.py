@@ -863,7 +863,7 @@ EXPERIMENTS = (
     [{"study": "claim", "seed": seed} for seed in range(3)]
     + [{"study": "ablation", "variant": variant, "seed": seed} for variant in ABLATIONS for seed in range(3)]
     + [{"study": "scenes", "seed": seed} for seed in range(3)]
-    + [{"study": "quality", "solver": solver, "seed": seed} for seed in range(1) for solver in SCENE_SOLVERS])
+    + [{"study": "quality", "solver": solver, "seed": seed} for seed in range(3) for solver in SCENE_SOLVERS])
 
 # %% ../nbs/papers/01_genie.ipynb #703b9add
 def demonstrate():  # a Demonstration
