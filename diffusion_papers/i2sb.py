@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
 from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into,
-                                               pretrained_path, save_configured, whole_file)
+                                               pretrained_path, save_configured)
 from .core.checks import check_choice, check_device, check_images, check_range, check_tensor, require
 from .core.configs import Config
 from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
@@ -43,6 +43,7 @@ from .core.data import ImageFolder, Mirrored, PhotographCrops, digits, photograp
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import short_training
 from .core.evidence import file_digest
+from .core.files import whole_file
 from .core.generation import Generated, generate, generated_moments
 from .core.metrics import Moments, frechet, to_bytes
 from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, sinusoids, unet_config

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import data_folder, whole_file
+from .checkpoints import data_folder
 from .checks import require
+from .files import whole_file
 
 # %% ../../nbs/core/13_evidence.ipynb #79107890
 PACKAGE = "diffusion_papers"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from .checkpoints import whole_file
+from .files import whole_file
 from .checks import check_range, require
 from .evidence import write_json
 from .metrics import Moments, to_bytes

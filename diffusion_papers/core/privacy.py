@@ -24,9 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checkpoints import digest, whole_file
+from .checkpoints import digest
 from .checks import check_choice, check_range, require
 from .configs import Config
+from .files import whole_file
 
 # %% ../../nbs/core/23_privacy.ipynb #88efd3ff
 def _log_moment(q, sigma, alpha):
