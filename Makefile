@@ -28,8 +28,8 @@ test: setup ## all checks: the test suite, then every notebook against its store
 lab: setup ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-results: setup ## the slow experiments of PAPER (default: genie), those that are not stored yet
-	$(RUN) results $(PAPER)
+results: setup ## the slow experiments of PAPER (default: genie), those that are not stored yet; VERIFY=1: does changed code still give the stored ones?
+	$(RUN) results $(PAPER) $(if $(VERIFY),--verify)
 
 bench: setup ## timings of PAPER against straightforward ways to do the same
 	$(RUN) bench $(PAPER)

@@ -134,8 +134,12 @@ def do_restore(args):
 # %% ../nbs/command_line.ipynb #e90aa0de
 def do_results(args):
     "Run the slow experiments of a paper that are not stored yet."
-    from diffusion_papers.core.evidence import run_experiments
+    from diffusion_papers.core.evidence import run_experiments, verify_results
     module = paper(args.paper)
+    if args.verify:
+        for study, holds in verify_results(args.paper, module.STUDIES, module.PROBES).items():
+            print(f"{args.paper}, {study}: {'the stored results hold' if holds else 'other results; run it again'}")
+        return
     results = run_experiments(args.paper, module.EXPERIMENTS, module.STUDIES)
     print(f"data/results/{args.paper}.json: {len(results['experiments'])} experiments")
 
@@ -222,7 +226,8 @@ def parser(
             set=overrides, model=model, device=on_cpu,
             output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
     command("results", do_results,
-            lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.")
+            lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.",
+            verify={"action": "store_true", "help": "instead, stamp results that changed code still gives, by probes that run both"})
     command("bench", do_bench, lambda slug: "The table goes to data/benchmarks/.", device=device)
     command("scale", do_scale, lambda slug: "The table goes to data/benchmarks/.", device=device)
     for sub in command("demo", do_demo, output={"metavar": "FILE", "default": "_out/index.html",

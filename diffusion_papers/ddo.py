@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'FORCE', 'PROCESSES', 'LAWS', 'LOSSES', 'SAMPLERS', 'VORTICITY', 'DISTANCES', 'VOLCANO', 'CONFIGS',
-           'VARIANTS', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'gaussian_operator', 'mixture_operator', 'empirical_operator',
-           'squared_norm', 'score_matching_loss', 'ladder', 'variance_recursion', 'stationary_variance', 'step_limit',
-           'crank_nicolson_langevin', 'released_langevin', 'BlurredVP', 'blurred_step', 'blurred_sample',
-           'blurred_flow_step', 'vorticity_fields', 'vorticity', 'gaussian_processes', 'random_sines',
-           'signed_distances', 'digit_distances', 'wrapped_bumps', 'circular_moments', 'read_functions', 'DdoConfig',
-           'FunctionModel', 'build', 'field_noise', 'colored', 'denoising_loss', 'blurred_loss', 'ladder_loss',
-           'load_data', 'train', 'sample_functions', 'sample', 'spectrum_error', 'function_measures', 'moment_errors',
-           'amplitude_spectrum', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step', 'study_claim',
-           'study_fine', 'gradient_penalty', 'train_gano', 'load_authors_checkpoint', 'demonstrate', 'plain_step',
-           'benchmark']
+           'VARIANTS', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES', 'gaussian_operator', 'mixture_operator',
+           'empirical_operator', 'squared_norm', 'score_matching_loss', 'ladder', 'variance_recursion',
+           'stationary_variance', 'step_limit', 'crank_nicolson_langevin', 'released_langevin', 'BlurredVP',
+           'blurred_step', 'blurred_sample', 'blurred_flow_step', 'vorticity_fields', 'vorticity', 'gaussian_processes',
+           'random_sines', 'signed_distances', 'digit_distances', 'wrapped_bumps', 'circular_moments', 'read_functions',
+           'DdoConfig', 'FunctionModel', 'build', 'field_noise', 'colored', 'denoising_loss', 'blurred_loss',
+           'ladder_loss', 'load_data', 'train', 'sample_functions', 'sample', 'spectrum_error', 'function_measures',
+           'moment_errors', 'amplitude_spectrum', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step',
+           'study_claim', 'study_fine', 'gradient_penalty', 'train_gano', 'load_authors_checkpoint', 'demonstrate',
+           'plain_step', 'benchmark']
 
 # %% ../nbs/papers/08_ddo.ipynb #8a1fe271
 import functools
@@ -852,10 +852,10 @@ WAYS = {"sde": {}, "ode": {"how": "ode"}, "rescaled": {"noise": "rescaled"},
 
 
 def study_claim(
-    setting: dict,  # "variant", one of VARIANTS, and "seed"
+    setting: dict,  # "variant", one of VARIANTS, and "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # rows of `evaluate`, with "way"
     "Train a variant, and draw on three grids."
-    config = VORTICITY.override(**{"training.seed": setting["seed"], **VARIANTS[setting["variant"]]})
+    config = VORTICITY.override(**{"training.seed": setting["seed"], **VARIANTS[setting["variant"]], **setting.get("smaller", {})})
     model = train(config, device="cpu")
     ways = {"field": ("sde", "ode", "langevin"), "white": ("sde", "rescaled")}.get(setting["variant"], ("sde",))
     return {"rows": [row | {"way": way} for way in ways
@@ -863,19 +863,22 @@ def study_claim(
 
 
 def study_fine(
-    setting: dict,  # "way", one of "field", "white", "rescaled"
+    setting: dict,  # "way", one of "field", "white", "rescaled"; for a probe "parts", draws of four functions
 ) -> dict:          # what `function_measures` says
     "Sixteen functions on 256 points by a shipped model, compared with real ones on 128."
-    way = setting["way"]
+    way, parts = setting["way"], setting.get("parts", 4)
     model = load_pretrained("ddo_vorticity" if way == "field" else "ddo_vorticity_white")
     made = torch.cat([sample_functions(model, 4, 256, noise="rescaled" if way == "rescaled" else None, seed=seed)[:, 0]
-                      for seed in range(4)])
+                      for seed in range(parts)])
     return function_measures(made, resample(vorticity("test", 128), (256, 256)))
 
 
 STUDIES = {"claim": study_claim, "fine": study_fine}
 EXPERIMENTS = ([{"study": "claim", "variant": variant, "seed": seed} for variant in VARIANTS for seed in range(3)]
                + [{"study": "fine", "way": way} for way in ("field", "white", "rescaled")])
+
+PROBES = {"claim": [{"variant": variant, "seed": 0, "smaller": {"training.steps": 3, "evaluated": 2}} for variant in VARIANTS],
+          "fine": [{"way": way, "parts": 1} for way in ("field", "white", "rescaled")]}
 
 # %% ../nbs/papers/08_ddo.ipynb #c7bc3639
 def gradient_penalty(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'WEIGHTINGS', 'DISTANCES', 'DIGITS', 'CONFIGS', 'TEACHER_PARTS', 'FINER', 'ABLATIONS', 'STUDIES',
-           'EXPERIMENTS', 'temporal_spectrum', 'lowest_modes', 'trajectory', 'TemporalBlock', 'quadratic_steps',
-           'solver_times', 'state_weights', 'absolute', 'squared', 'perceptual', 'weighted_loss', 'stage_ends',
-           'stage_channels', 'check_times', 'Student', 'TwoAnswers', 'start_from', 'DfnoConfig', 'Dfno', 'build',
-           'build_teacher', 'load_teacher', 'trajectory_conditions', 'clipped', 'make_trajectories', 'student_loss',
-           'distance_for', 'train', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
+           'EXPERIMENTS', 'PROBES', 'temporal_spectrum', 'lowest_modes', 'trajectory', 'TemporalBlock',
+           'quadratic_steps', 'solver_times', 'state_weights', 'absolute', 'squared', 'perceptual', 'weighted_loss',
+           'stage_ends', 'stage_channels', 'check_times', 'Student', 'TwoAnswers', 'start_from', 'DfnoConfig', 'Dfno',
+           'build', 'build_teacher', 'load_teacher', 'trajectory_conditions', 'clipped', 'make_trajectories',
+           'student_loss', 'distance_for', 'train', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
            'teacher_samples', 'evaluate', 'arithmetic', 'fid', 'student_authors_keys', 'teacher_places',
            'teacher_tensors', 'read_msgpack', 'load_authors_teacher', 'errors_along_time', 'study_claim',
            'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
@@ -760,10 +760,10 @@ def errors_along_time(
 
 
 def study_claim(
-    setting: dict,  # "seed"
+    setting: dict,  # "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # what is stored
     "Digits: one call of the student beside the teacher's DDIM; its states on finer grids."
-    model = train(DIGITS.override(seed=setting["seed"]), device="cpu")
+    model = train(DIGITS.override(seed=setting["seed"], **setting.get("smaller", {})), device="cpu")
     return {"rows": evaluate(model, repeats=3, seed=1000 + setting["seed"]), "along": {points: errors_along_time(model, points) for points in FINER},
             "arithmetic": arithmetic(model)}
 
@@ -779,19 +779,20 @@ ABLATIONS = {  # variant -> what it changes
 
 
 def study_ablation(
-    setting: dict,  # "seed" and "variant", one of ABLATIONS
+    setting: dict,  # "seed" and "variant", one of ABLATIONS; for a probe "smaller", changes of the configuration
 ) -> dict:          # what is stored
     "Digits: one thing changed."
-    model = train(DIGITS.override(seed=setting["seed"], **ABLATIONS[setting["variant"]]), device="cpu")
+    changes = ABLATIONS[setting["variant"]] | setting.get("smaller", {})
+    model = train(DIGITS.override(seed=setting["seed"], **changes), device="cpu")
     return {"rows": evaluate(model, calls=())}
 
 
 def study_scenes(
-    setting: dict,  # "seed" of the noise
+    setting: dict,  # "seed" of the noise; for a probe "count" of samples
 ) -> dict:          # what is stored, and which file the student came from
     "Scenes: one call of the shipped convolutional student beside its teacher's DDIM."
     model = load_pretrained("dfno_shapes", check_device(None))
-    return {"rows": evaluate(model, seed=1000 + setting["seed"]), "model": file_digest(pretrained_path("dfno_shapes"))}
+    return {"rows": evaluate(model, setting.get("count"), seed=1000 + setting["seed"]), "model": file_digest(pretrained_path("dfno_shapes"))}
 
 
 STUDIES = {"claim": study_claim, "ablation": study_ablation, "scenes": study_scenes}
@@ -799,6 +800,11 @@ EXPERIMENTS = (
     [{"study": "claim", "seed": seed} for seed in range(3)]
     + [{"study": "ablation", "variant": variant, "seed": seed} for variant in ABLATIONS for seed in range(3)]
     + [{"study": "scenes", "seed": seed} for seed in range(3)])
+
+_SMALLER = {"training.steps": 5, "trajectories": 130, "evaluated": 100}
+PROBES = {"claim": [{"seed": 0, "smaller": _SMALLER}],
+          "ablation": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for variant in ABLATIONS],
+          "scenes": [{"seed": 0, "count": 4}]}
 
 # %% ../nbs/papers/02_dfno.ipynb #c8507604
 def demonstrate():  # a Demonstration

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_STD', 'PARAMETERISATIONS', 'PRIVATE', 'FORMS', 'by_layer_clipped_sum', 'SUMS', 'SAMPLING', 'CLASSIFIERS',
            'PUBLIC_DATA', 'MNIST', 'DIGITS', 'GLYPHS', 'SCENES', 'CONFIGS', 'VARIANTS', 'WAYS', 'SABOTAGE', 'STUDIES',
-           'EXPERIMENTS', 'BENCHMARKS', 'coefficients', 'noise_levels', 'draw_levels', 'PerceptronConfig',
+           'EXPERIMENTS', 'PROBES', 'BENCHMARKS', 'coefficients', 'noise_levels', 'draw_levels', 'PerceptronConfig',
            'MixerConfig', 'Embedding', 'Block', 'Perceptron', 'Mixer', 'DpdmConfig', 'PrivateDenoiser', 'build',
            'multiplied_loss', 'with_draws', 'glyphs', 'Scenes', 'load_data', 'test_data', 'fetch', 'check_data',
            'private_gradients', 'open_run', 'train', 'save_model', 'load_model', 'load_pretrained', 'reverse_diffusion',
@@ -865,11 +865,11 @@ WAYS = {"ddim": {}, "stochastic": {}, "churn 10": {"how": "churn", "amount": 10.
 
 
 def study_claim(
-    setting: dict,  # "variant", one of VARIANTS, and "seed"
+    setting: dict,  # "variant", one of VARIANTS, and "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # what it cost, and rows of `evaluate`
     "Train a variant; measure it by the samplers in question."
     base, changes = VARIANTS[setting["variant"]]
-    config = base.override(public=True, **{"training.seed": setting["seed"], **changes})
+    config = base.override(public=True, **{"training.seed": setting["seed"], **changes, **setting.get("smaller", {})})
     model = train(config, device="cpu")
     ways = WAYS if setting["variant"] in ("digits", "glyphs") else list(WAYS)[:2]
     kinds = CLASSIFIERS if len(ways) > 2 else CLASSIFIERS[:2]
@@ -907,17 +907,17 @@ def fit_private_classifier(
 
 
 def study_classifiers(
-    setting: dict,  # "data": "digits" or "glyphs", "epsilon" (0 is no privacy), "seed"
+    setting: dict,  # "data": "digits" or "glyphs", "epsilon" (0 is no privacy), "seed"; for a probe "epochs" and "steps"
 ) -> dict:          # accuracies on unseen real pictures
     "The same classifiers, trained on the real pictures."
     config = DIGITS if setting["data"] == "digits" else GLYPHS
     private, unseen, seed = load_data(config).tensors, test_data(config).tensors, setting["seed"]
     if setting["epsilon"] == 0:
         return utility(private["x0"], private["class_label"], unseen, kinds=CLASSIFIERS, lr=3e-3,
-                       epochs=100, seed=seed)
-    count, found = len(private["x0"]), {}
-    noise = noise_multiplier_for(setting["epsilon"], 0.25, 200, config.delta, "rdp_wide")
-    plan = Mechanism(count, 0.25, noise, config.delta, 200, "rdp_wide", randomness="public")
+                       epochs=setting.get("epochs", 100), seed=seed)
+    count, steps, found = len(private["x0"]), setting.get("steps", 200), {}
+    noise = noise_multiplier_for(setting["epsilon"], 0.25, steps, config.delta, "rdp_wide")
+    plan = Mechanism(count, 0.25, noise, config.delta, steps, "rdp_wide", randomness="public")
     for kind in CLASSIFIERS:
         with tempfile.TemporaryDirectory() as folder:
             ledger = Ledger.open(Path(folder) / "ledger.json", plan)
@@ -928,10 +928,11 @@ def study_classifiers(
 
 # %% ../nbs/papers/06_dpdm.ipynb #545981f6
 def study_width(
-    setting: dict,  # "width", hidden units, and "seed"
+    setting: dict,  # "width", hidden units, and "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # parameters, noise_norm (of a step, in units of C), and a row of `evaluate`
     "Train a perceptron of another width."
-    config = DIGITS.override(public=True, **{"perceptron.width": setting["width"], "training.seed": setting["seed"]})
+    config = DIGITS.override(public=True, **{"perceptron.width": setting["width"], "training.seed": setting["seed"],
+                                             **setting.get("smaller", {})})
     model = train(config, device="cpu")
     parameters = sum(p.numel() for p in model.parameters())
     plan = config.mechanism(model.guarantee["mechanism"]["examples"])
@@ -1037,7 +1038,7 @@ def audit(
     return epsilon_bound(absent, present, plan.delta)
 
 # %% ../nbs/papers/06_dpdm.ipynb #df04098f
-def study_audit(setting): return {"bound": audit(setting["sabotage"], 5000, setting["seed"])}
+def study_audit(setting): return {"bound": audit(setting["sabotage"], setting.get("runs", 5000), setting["seed"])}
 
 
 def report_audit(
@@ -1064,6 +1065,13 @@ EXPERIMENTS = ([{"study": "claim", "variant": variant, "seed": seed} for variant
                + [{"study": "width", "width": width, "seed": seed} for width in (24, 48, 96, 192) for seed in range(3)]
                + [{"study": "membership", "people": people, "epsilon": epsilon, "steps": 500, "seed": seed}
                   for people in (200, 1438) for epsilon in (0, 10) for seed in range(3)])
+
+_SMALLER = {"training.steps": 3, "evaluated": 100}
+PROBES = {"claim": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for variant in VARIANTS],
+          "classifiers": [{"data": data, "epsilon": epsilon, "seed": 0, "epochs": 1, "steps": 3} for data, epsilon in (("digits", 0), ("glyphs", 1))],
+          "audit": [{"sabotage": sabotage, "seed": 0, "runs": 50} for sabotage in SABOTAGE],
+          "width": [{"width": 24, "seed": 0, "smaller": _SMALLER}],
+          "membership": [{"people": 200, "epsilon": epsilon, "steps": 3, "seed": 0} for epsilon in (0, 10)]}
 
 # %% ../nbs/papers/06_dpdm.ipynb #7b847232
 def load_authors_checkpoint(

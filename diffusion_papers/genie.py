@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXINGS', 'SOLVERS', 'WEIGHTINGS', 'TARGETS', 'DIGITS', 'CONFIGS', 'REFERENCE_STEPS', 'ABLATIONS', 'SCENE_SOLVERS',
-           'SCENE_BUDGETS', 'STUDIES', 'EXPERIMENTS', 'BENCH_NETWORK', 'mix', 'VectorHead', 'ConvHead',
+           'SCENE_BUDGETS', 'STUDIES', 'EXPERIMENTS', 'PROBES', 'BENCH_NETWORK', 'mix', 'VectorHead', 'ConvHead',
            'head_authors_keys', 'DerivativeHead', 'distilled_slope', 'guided_slope', 'Solver', 'calls_for',
            'steps_within', 'integrate', 'euler_in_time', 'runge_kutta_45', 'derivative_by_difference', 'full_precision',
            'distillation_loss', 'GenieConfig', 'Genie', 'build', 'head_loss', 'train_head', 'train', 'one_step',
@@ -791,20 +791,20 @@ def _trained(seed, changes):
 
 
 def study_claim(
-    setting: dict,  # "seed"
+    setting: dict,  # "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # what is stored
     "Digits: every solver at every budget, on both grids, with and without the analytical first step."
-    model = _trained(setting["seed"], {})
+    model = _trained(setting["seed"], setting.get("smaller", {}))
     plain = evaluate(model, 1000, exponents=(2.0, 1.0), repeats=3)
     stepped = evaluate(model, 1000, solvers=("genie", "taylor", "ddim"), exponents=(2.0, 1.0), first_steps=(True,), repeats=3)
     return {"head_error": head_error(model, data_images(model.config.diffusion)), "rows": plain + stepped}
 
 
 def study_ablation(
-    setting: dict,  # "seed" and "variant", one of ABLATIONS
+    setting: dict,  # "seed" and "variant", one of ABLATIONS; for a probe "smaller", changes of the configuration
 ) -> dict:          # what is stored
     "Digits: one thing changed."
-    model = _trained(setting["seed"], ABLATIONS[setting["variant"]])
+    model = _trained(setting["seed"], ABLATIONS[setting["variant"]] | setting.get("smaller", {}))
     rows = evaluate(model, 1000, solvers=("genie", "taylor", "ddim"), budgets=(5, 10, 20))
     return {"head_error": head_error(model, data_images(model.config.diffusion)), "rows": rows}
 
@@ -814,12 +814,12 @@ SCENE_BUDGETS = (5, 10, 20)
 
 
 def study_scenes(
-    setting: dict,  # "seed" of the noise
+    setting: dict,  # "seed" of the noise; for a probe "count" of samples
 ) -> dict:          # rows of error and time, and which file the model came from
     "Scenes: distance to a fine reference solution, 128 samples, on both grids."
-    model = load_pretrained("genie_shapes", check_device(None))
-    labels = torch.arange(128, device=model.device) % 6
-    x_T = noise_for(range(128), model.shape, setting["seed"]).to(model.device)
+    model, count = load_pretrained("genie_shapes", check_device(None)), setting.get("count", 128)
+    labels = torch.arange(count, device=model.device) % 6
+    x_T = noise_for(range(count), model.shape, setting["seed"]).to(model.device)
     reference, rows = reference_samples(model, x_T, model.walk("heun", {"class_label": labels}), steps=100), []
     for solver, budget, exponent in itertools.product((*SCENE_SOLVERS, "taylor"), SCENE_BUDGETS, (1.0, 2.0)):
         if solver == "taylor" and exponent == 2: continue  # the exact derivative takes several times as long
@@ -832,10 +832,10 @@ def study_scenes(
 
 # %% ../nbs/papers/01_genie.ipynb #ea142427
 def study_quality(
-    setting: dict,  # "solver", and "seed" of the noise
+    setting: dict,  # "solver", and "seed" of the noise; for a probe "count" of samples
 ) -> dict:          # rows of Frechet distance, class accuracy and time, and which file the model came from
     "Scenes: what 10,000 samples look like to the judge, on the linear grid; the network compiled, in bf16."
-    model, count = load_pretrained("genie_shapes", check_device(None)), 10_000
+    model, count = load_pretrained("genie_shapes", check_device(None)), setting.get("count", 10_000)
     network = model.denoiser.network.to(memory_format=torch.channels_last)
     network.with_features = torch.compile(network.with_features, options={"freezing": True})
     judge, rows = load_judge(model.device), []
@@ -864,6 +864,11 @@ EXPERIMENTS = (
     + [{"study": "ablation", "variant": variant, "seed": seed} for variant in ABLATIONS for seed in range(3)]
     + [{"study": "scenes", "seed": seed} for seed in range(3)]
     + [{"study": "quality", "solver": solver, "seed": seed} for seed in range(3) for solver in SCENE_SOLVERS])
+
+_SMALLER = {"diffusion.training.steps": 10, "head.steps": 10}
+PROBES = {"claim": [{"seed": 0, "smaller": _SMALLER}],
+          "ablation": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for variant in ABLATIONS],
+          "scenes": [{"seed": 0, "count": 2}], "quality": [{"seed": 0, "solver": "genie", "count": 100}]}
 
 # %% ../nbs/papers/01_genie.ipynb #703b9add
 def demonstrate():  # a Demonstration

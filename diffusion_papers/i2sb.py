@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NINE', 'OTHERS', 'TASKS', 'METHODS', 'ADM256', 'PHOTOGRAPH_FILM', 'PHOTOGRAPH_TRAINING', 'DIGITS', 'CONFIGS',
-           'digit_judge', 'SHIPPED', 'VARIANTS', 'BUDGETS', 'LIBRARY', 'WAYS', 'STUDIES', 'EXPERIMENTS',
+           'digit_judge', 'SHIPPED', 'VARIANTS', 'BUDGETS', 'LIBRARY', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES',
            'BridgeSchedule', 'bridge_schedule', 'at_time', 'bridge_state', 'bridge_label', 'clean_estimate',
            'posterior', 'time_indices', 'follow_bridge', 'Task', 'task_names', 'hole_pool', 'Degraded', 'degrade',
            'FilmConfig', 'FilmBlock', 'FilmNet', 'I2sbConfig', 'I2sb', 'build', 'at_size', 'bridge_loss', 'noise_loss',
@@ -979,10 +979,10 @@ BUDGETS = (1, 2, 5, 10, 20, 50)
 
 
 def study_digits(
-    setting: dict,  # "seed" and "variant", one of VARIANTS
+    setting: dict,  # "seed" and "variant", one of VARIANTS; for a probe "smaller", changes of the configuration
 ) -> dict:          # what is stored
     "Digits: a method, or a variant of the bridge, at every budget."
-    config = DIGITS.override(seed=setting["seed"], **VARIANTS[setting["variant"]])
+    config = DIGITS.override(seed=setting["seed"], **VARIANTS[setting["variant"]], **setting.get("smaller", {}))
     model = train(config, device="cpu")
     return {"rows": evaluate(model, calls=(1,) if config.method == "regression" else BUDGETS,
                              seed=1000 + setting["seed"])}
@@ -1059,10 +1059,11 @@ def photograph_measures(
     task: str,                 # one of LIBRARY
     restorers: dict,           # name -> function (x1, mask) -> restored images
     resamples: int=200,        # bootstrap samples of the crops
+    count: int=48,             # crops
 ) -> torch.Tensor:  # PSNR, sliced distance, mean PSNR of crops, of all crops and of each resample (1 + resamples, M, 3)
     "One photograph: crops, damage, restorations, and how far they are from the truth."
     seeded = torch.Generator().manual_seed(0)
-    x0 = random_crops({name: photographs("test")[name]}, 64, 48, seeded)
+    x0 = random_crops({name: photographs("test")[name]}, 64, count, seeded)
     x1, mask = degrade(x0, task, Draws(seeded))
     directions = F.normalize(torch.randn(147, 64, generator=seeded), dim=0)
     restored = [function(x1, mask).clamp(-1, 1) for function in restorers.values()]
@@ -1074,7 +1075,7 @@ def photograph_measures(
         return torch.stack([decibels(errors[:, crops].mean(1)), distances,
                             decibels(errors[:, crops]).clamp(max=54).mean(1)], dim=1)
     return torch.stack([measured(crops) for crops in
-                        [torch.arange(48), *torch.randint(48, (resamples, 48), generator=seeded)]])
+                        [torch.arange(count), *torch.randint(count, (resamples, count), generator=seeded)]])
 
 
 def tuned(
@@ -1089,7 +1090,7 @@ def tuned(
 
 # %% ../nbs/papers/03_i2sb.ipynb #24b37d59
 def study_photographs(
-    setting: dict,  # "task", one of LIBRARY
+    setting: dict,  # "task", one of LIBRARY; for a probe "count" of crops
 ) -> dict:          # measures with intervals of each method, and of its differences from the model
     "Held-out photographs: the model against the degraded picture and a library."
     task, settings = setting["task"], tuned(setting["task"])
@@ -1097,7 +1098,7 @@ def study_photographs(
             for calls in (1, 10)}
     restorers = {"degraded": lambda x1, mask: x1,
                  "library": lambda x1, mask: library_restored(task, x1, mask, settings), **ours}
-    measures = torch.stack([photograph_measures(name, task, restorers)
+    measures = torch.stack([photograph_measures(name, task, restorers, count=setting.get("count", 48))
                             for name in photographs("test")])  # (photographs, resamples, M, 3)
     chosen = torch.randint(len(measures), (measures.shape[1] - 1, len(measures)),
                            generator=torch.Generator().manual_seed(2))
@@ -1121,13 +1122,13 @@ WAYS = {"a tenth of the paper's noise": {}, "the paper's noise": {"interval": 10
 
 
 def study_noise(
-    setting: dict,  # "way", one of WAYS, and "seed"
+    setting: dict,  # "way", one of WAYS, and "seed"; for a probe "steps" of the training and "count" of crops
 ) -> dict:          # PSNR and sliced distance at one call and at ten, of the held-out photographs together
     "A short training at a quarter of the size, with more and less noise in the bridge."
     config = CONFIGS["photographs"].override(task="sr4x", seed=setting["seed"], **WAYS[setting["way"]])
-    model = train(config.override(**{"training.steps": 600}), device="cpu")
+    model, count = train(config.override(**{"training.steps": setting.get("steps", 600)}), device="cpu"), setting.get("count", 48)
     restorers = {calls: functools.partial(_with_calls, model, calls) for calls in (1, 10)}
-    found = torch.stack([photograph_measures(name, "sr4x", restorers, 0)[0] for name in photographs("test")]).mean(0)
+    found = torch.stack([photograph_measures(name, "sr4x", restorers, 0, count)[0] for name in photographs("test")]).mean(0)
     return {"psnr": found[:, 0].tolist(), "distance": found[:, 1].tolist()}
 
 
@@ -1135,6 +1136,11 @@ STUDIES = {"digits": study_digits, "photographs": study_photographs, "noise": st
 EXPERIMENTS = ([{"study": "digits", "variant": variant, "seed": seed} for variant in VARIANTS for seed in range(3)]
                + [{"study": "photographs", "task": task} for task in LIBRARY]
                + [{"study": "noise", "way": way, "seed": seed} for seed in range(3) for way in WAYS])
+
+_SMALLER = {"training.steps": 5, "evaluated": 20}
+PROBES = {"digits": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for variant in VARIANTS],
+          "photographs": [{"task": task, "count": 2} for task in LIBRARY],
+          "noise": [{"seed": 0, "way": way, "steps": 3, "count": 2} for way in WAYS]}
 
 # %% ../nbs/papers/03_i2sb.ipynb #7a6aee8c
 def desk():  # an ipywidgets box

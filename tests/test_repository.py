@@ -101,9 +101,18 @@ def test_stored_results_are_of_todays_code(slug):
     path = ROOT / "data" / "results" / f"{slug}.json"
     assert path.is_file(), f"make results PAPER={slug}"
     results = json.loads(path.read_text())
-    assert stale_studies(results) == set(), f"make results PAPER={slug}"
+    assert stale_studies(results, paper(slug).STUDIES) == set(), f"make results PAPER={slug} VERIFY=1, or without VERIFY=1 where that says no"
     stored = [experiment["setting"] for experiment in results["experiments"]]
     assert all(setting in stored for setting in paper(slug).EXPERIMENTS), f"make results PAPER={slug}"
+
+
+@pytest.mark.parametrize("slug", sorted(papers()))
+def test_every_study_has_a_probe(slug):
+    module = paper(slug)
+    assert module.PROBES.keys() == module.STUDIES.keys() and all(module.PROBES.values())
+    stored = module.EXPERIMENTS
+    asked = [{"study": name, **setting} for name, settings in module.PROBES.items() for setting in settings]
+    assert not [setting for setting in asked if setting in stored], "a probe is smaller than an experiment"
 
 
 @pytest.mark.parametrize("checkpoint", sorted((ROOT / "data" / "checkpoints").glob("*.safetensors")),
