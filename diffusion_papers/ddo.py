@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core.checkpoints import (CheckpointError, data_folder, load_checkpoint, load_configured,
-                                               load_foreign, load_into, pretrained_path, save_configured)
+                                               load_foreign, load_into, plain_names, pretrained_path, save_configured)
 from .core.checks import check_choice, check_device, check_range, check_tensor, require
 from .core.configs import Config
 from .core.data import TensorSet
@@ -505,6 +505,7 @@ class DdoConfig(Config):
     evaluated: int = 48        # functions on which a trained model is measured
     training: TrainingConfig = TrainingConfig(steps=4000, batch_size=16, lr=2e-3, decay="cosine", ema=0.995,
                                               checkpoint_every=100)
+    FREE = ("evaluated",)
 
     def __post_init__(self):
         choices = {"data": ("vorticity", "distances", "bumps", "file"), "process": PROCESSES, "noise": LAWS,
@@ -655,10 +656,10 @@ def train(
     **options,                          # handed to `fit`: resume, device, workers, callback
 ) -> FunctionModel:                     # with averaged weights
     "Train a model; killed and resumed, it ends with the same bits (see `fit`)."
-    if folder: claim_folder(folder, config)
-    data = load_data(config) if data is None else data
-    return fit(build(config), LOSSES[config.process], data, config.training, folder=folder,
-               title=f"DDO, {config.noise}", **options).eval()
+    with claim_folder(folder, config, options.get("resume", False)):
+        data = load_data(config) if data is None else data
+        return fit(build(config), LOSSES[config.process], data, config.training, folder=folder,
+                   title=f"DDO, {config.noise}", **options).eval()
 
 # %% ../nbs/papers/08_ddo.ipynb #8a854c6c
 SAMPLERS = ("sde", "ode", "langevin")
@@ -934,12 +935,11 @@ def load_authors_checkpoint(
     source, model = Path(path).name, build(config)
     if not isinstance(content, dict):
         raise CheckpointError(f"{source}: expected a dictionary, got {type(content).__name__}")
-    if config.family == "unet": state, prefix = content.get("gen_sde_state_dict"), "_model.model."
-    else: state, prefix = {**content.get("weights", {}), **content.get("ema_helper", {})}, ""
-    if not isinstance(state, dict) or not state:
-        expected = "gen_sde_state_dict" if prefix else "weights and ema_helper"
-        raise CheckpointError(f"{source}: expected {expected} in it, got {', '.join(map(str, content))}")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    expected, prefix = (["gen_sde_state_dict"], "_model.model.") if config.family == "unet" else (["weights", "ema_helper"], "")
+    state = {}
+    for part in (content.get(name) for name in expected):  # an average takes the place of what it is of
+        if isinstance(part, dict): state |= plain_names(part, "module.", source=source)
+    if not state: raise CheckpointError(f"{source}: expected {' and '.join(expected)} in it, got {', '.join(map(str, content))}")
     pairs = [(ours, prefix + theirs) for ours, theirs in operator_keys(model.network)]
     tensors = authors_tensors(state, pairs, source=source)
     load_into(model.network, {name: torch.view_as_real(value) if value.is_complex() else value

@@ -287,6 +287,7 @@ class DfnoConfig(Config):
     seed: int = 0                     # of initial weights, trajectories and training
     evaluated: int = 1797             # samples that are drawn to measure a trained model
     training: TrainingConfig = TrainingConfig(steps=600, batch_size=128, lr=1e-3, decay="cosine", ema=0.99)  # of the student
+    FREE = ("evaluated", "diffusion.training", "diffusion.data_path")  # a student needs no data, and its teacher is trained already
 
     def __post_init__(self):
         choices = {"solver": SOLVERS, "loss": (*DISTANCES, "perceptual"), "weighting": WEIGHTINGS}
@@ -440,7 +441,7 @@ def make_trajectories(
         return {"states": trajectory(denoise, x_T, teacher.process, times, config.kept, config.solver), **cond}
     fields = ("teacher", "two_answers", "clip", "solver", "solver_steps", "exponent", "end", "kept", "unlabelled", "seed")
     about = {"diffusion": config.diffusion.to_dict(), **{name: getattr(config, name) for name in fields}}
-    return generate(draw, config.trajectories, folder, size=size, about=about, device=device)
+    return generate(draw, config.trajectories, folder, size=size, about=about, free=config.free(), device=device)
 
 # %% ../nbs/papers/02_dfno.ipynb #9d1283f7
 def student_loss(
@@ -479,9 +480,9 @@ def train(
 ) -> Dfno:                              # with averaged weights
     "Make trajectories, then train a student on them; killed and resumed, it ends with the same bits (see `fit`)."
     device, distance = options.get("device"), distance_for(config, features)
-    if folder: claim_folder(folder, config)
-    elif processes(device).num_processes > 1: raise ValueError("folder: several processes need one, to share the trajectories")
-    with (nullcontext(folder) if folder else tempfile.TemporaryDirectory()) as place:
+    if not folder and processes(device).num_processes > 1: raise ValueError("folder: several processes need one, to share the trajectories")
+    with (claim_folder(folder, config, options.get("resume", False)),
+          nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place):
         teacher = teacher or load_teacher(config)
         examples = make_trajectories(config, teacher, Path(place) / "trajectories", device=device)
         student = build(config).student

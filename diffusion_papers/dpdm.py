@@ -23,6 +23,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +50,7 @@ from .core.processes import LinearVP
 from .core.samplers import euler, karras_grid, white
 from .core.shapes_world import ShapesWorld, draw_scenes, judged, load_judge, scene_factors
 from .core.timing import alone, paired
-from .core.training import (TrainingConfig, claim_folder, load_run, processes, save_run, step_seed,
+from .core.training import (TrainingConfig, claim_folder, has_run, load_run, processes, save_run, step_seed,
                                             update_average)
 
 # %% ../nbs/papers/06_dpdm.ipynb #c66cb119
@@ -248,6 +249,11 @@ class DpdmConfig(Config):
     evaluated: int = 4000       # samples on which a trained model is measured
     training: TrainingConfig = TrainingConfig(steps=500, batch_size=719, lr=3e-3, clip=0.3, ema=0.98,
                                               checkpoint_every=50)
+    FREE = ("evaluated",)
+
+    def free(self) -> set[str]:
+        "The number of steps is never free: noise and ledger were planned for it."
+        return super().free() - {"training.steps"}
 
     def __post_init__(self):
         choices = {"data": ("digits", "glyphs", "shapes", "idx", "cifar", "images"), "kind": PARAMETERISATIONS,
@@ -511,10 +517,9 @@ def open_run(
 ) -> tuple:                            # ledger; steps that the checkpoint has, 0 for a new run
     "Open a run's folder (`ValueError` for one that holds a run, unless it is to be resumed)."
     path, step = folder / "run.safetensors", 0
-    if not resume and (path.is_file() or (folder / "ledger.json").is_file()):
+    if not resume and (has_run(folder) or (folder / "ledger.json").is_file()):
         raise ValueError(f"folder: {folder} holds a run already; resume it, or choose another folder")
-    claim_folder(folder, config)
-    if path.is_file(): step, _ = load_run(path, model, average, optimizer, config.training)
+    if has_run(folder): step, _ = load_run(path, model, average, optimizer, config.training)
     return Ledger.open(folder / "ledger.json", mechanism, at_least=step), step
 
 # %% ../nbs/papers/06_dpdm.ipynb #57dbf0bb
@@ -538,7 +543,7 @@ def train(
     average, optimizer = copy.deepcopy(model).eval(), torch.optim.Adam(model.parameters(), lr=settings.lr)
     mine = torch.arange(ours.process_index, len(data), ours.num_processes)
     if not config.public: check_data(data, mine, config)
-    with _private_files():
+    with nullcontext() if config.public else _private_files(), claim_folder(folder, config, resume):
         if ours.is_main_process: ledger, step = open_run(model, average, optimizer, config, folder, mechanism, resume)
         ours.wait_for_everyone()
         if not ours.is_main_process: ledger, step = open_run(model, average, optimizer, config, folder, mechanism, True)
@@ -563,7 +568,7 @@ def train(
                 if callback: callback(step, model)
                 if step % settings.checkpoint_every and number + 1 < left: continue
                 if ours.is_main_process:
-                    save_run(folder / "run.safetensors", model, average, optimizer, settings, step, {})
+                    save_run(folder / "run.safetensors", model, average, optimizer, settings, step, {}, private=not config.public)
                     bar.set_postfix_str(f"epsilon {ledger.spent():.2f} of {config.epsilon:g}")
     ours.wait_for_everyone()
     paid = Ledger.open(folder / "ledger.json", mechanism)
@@ -1083,10 +1088,8 @@ def load_authors_checkpoint(
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{source}: expected a dictionary with 'model' and 'ema', "
                               "as the authors' training wrote it")
-    state = {str(name).removeprefix("module.").removeprefix("model."): value
-             for name, value in content["model"].items()}
     pairs = authors_keys(model.network, "ddpmpp")
-    tensors = authors_tensors({"model": state, "ema": content.get("ema")}, pairs, source=source)
+    tensors = authors_tensors({"model": content["model"], "ema": content.get("ema")}, pairs, source=source, prefix="model.")
     load_into(model.network, tensors, source)
     return model
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.checkpoints import load_configured, load_foreign, load_into, pretrained_path, save_configured
+from .core.checkpoints import check_fits, load_configured, load_foreign, load_into, pretrained_path, save_configured
 from .core.checks import (check_choice, check_device, check_images, check_range, check_tensor,
                                           require)
 from .core.configs import Config
@@ -380,6 +380,9 @@ class GenieConfig(Config):
     seed: int = 0                 # of the head's initial weights and training
     evaluated: int = 1000         # samples that are drawn to measure a trained model
     head: TrainingConfig = TrainingConfig(steps=1000, batch_size=128, lr=2e-3, decay="cosine", ema=0.99)  # training of the head
+    FREE = ("evaluated",)
+    STAGES = {"network": ("diffusion",), "head": ("head", "head_blocks", "head_norm", "head_scale", "mixing", "head_eps",
+                                                  "weighting", "target", "seed")}
 
     def __post_init__(self):
         choices = {"mixing": MIXINGS, "head_eps": ("pred", "true"), "weighting": WEIGHTINGS, "target": TARGETS}
@@ -505,9 +508,10 @@ def train_head(
     head: DerivativeHead | None=None,  # a head to go on from; None starts anew
     **options,                      # handed to `fit`: folder, resume, device, callback
 ) -> Genie:                         # the model with its distilled head
-    "Distil the head of a diffusion model."
+    "Distil the head of a diffusion model; it and a head to go on from must be of the configuration's form (`CheckpointError`)."
     model = build(config)
-    if head is not None: model.head.load_state_dict(head.state_dict())
+    check_fits(model.denoiser, denoiser.state_dict(), "denoiser")
+    if head is not None: load_into(model.head, head.state_dict(), "head")
     denoiser.eval()
     seed = step_seed(config.seed, 1) % 2**31  # other noise than the network's
     head = fit(model.head, functools.partial(head_loss, config=config, denoiser=denoiser), load_data(config.diffusion),
@@ -521,10 +525,10 @@ def train(
     **options,                           # handed to `fit`: resume, device, callback
 ) -> Genie:                              # trained, with averaged weights
     "Train a diffusion model, then distil its head; killed and resumed, it ends with the same bits (see `fit`)."
-    if folder: claim_folder(folder, config)
     place = lambda name: Path(folder) / name if folder else None
-    return train_head(config, train_denoiser(config.diffusion, folder=place("network"), **options),
-                      folder=place("head"), **options)
+    with claim_folder(folder, config, options.get("resume", False)):
+        return train_head(config, train_denoiser(config.diffusion, folder=place("network"), **options),
+                          folder=place("head"), **options)
 
 # %% ../nbs/papers/01_genie.ipynb #8a6eca40
 def one_step(

@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
-from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into,
+from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into, plain_names,
                                                pretrained_path, save_configured)
 from .core.checks import check_choice, check_device, check_images, check_range, check_tensor, require
 from .core.configs import Config
@@ -384,6 +384,7 @@ class I2sbConfig(Config):
     seed: int = 0                 # of initial weights and training
     evaluated: int = 359          # images on which a trained model is measured
     training: TrainingConfig = TrainingConfig(steps=1000, batch_size=64, lr=2e-3, decay="cosine", ema=0.99)
+    FREE = ("evaluated",)
 
     def __post_init__(self):
         choices = {"data": ("digits", "shapes", "photographs", "images"), "method": METHODS,
@@ -565,11 +566,11 @@ def train(
     **options,                          # handed to `fit`: resume, device, workers, callback
 ) -> I2sb:                              # with averaged weights
     "Train a model; killed and resumed, it ends with the same bits (see `fit`)."
-    if folder: claim_folder(folder, config)
     loss = noise_loss if config.method == "diffusion" else bridge_loss
-    data = load_data(config) if data is None else data
-    return fit(start or build(config), loss, data, replace(config.training, seed=config.seed), folder=folder,
-               title=config.method, **options).eval()
+    with claim_folder(folder, config, options.get("resume", False)):
+        data = load_data(config) if data is None else data
+        return fit(start or build(config), loss, data, replace(config.training, seed=config.seed), folder=folder,
+                   title=config.method, **options).eval()
 
 # %% ../nbs/papers/03_i2sb.ipynb #e44d860f
 def check_mask(
@@ -1181,13 +1182,11 @@ def load_authors_checkpoint(
     if not isinstance(content, dict) or not isinstance(content.get("net"), dict):
         raise CheckpointError(f"{source}: expected a dictionary with 'net' and 'ema', "
                               "as the authors' training wrote it")
-    plain = {name.removeprefix("module.").removeprefix("diffusion_model."): value
-             for name, value in content["net"].items()}
-    rows = len(plain.get("out.2.weight", ()))
+    rows = len(plain_names(content["net"], "module.", "diffusion_model.", source=source).get("out.2.weight", ()))
     if rows == 2 * model.shape[0]:
         raise CheckpointError(f"{source}: out.2.weight has {rows} rows, as ADM with learned variances has; "
                               "`from_adm` drops half of them")
-    tensors = authors_tensors({"model": plain, "ema": content.get("ema")}, pairs, source=source)
+    tensors = authors_tensors({"model": content["net"], "ema": content.get("ema")}, pairs, source=source, prefix="diffusion_model.")
     load_into(model.network, tensors, source)
     return model
 

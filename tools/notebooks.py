@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from diffusion_papers.core.files import whole_file
+
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # progress bars are for people who wait; nbs/conftest.py sets the same
@@ -44,7 +46,7 @@ def execute(path):
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs = joined(still(cell.outputs))
-    nbformat.write(notebook, path)
+    with whole_file(path) as unfinished: nbformat.write(notebook, unfinished)
 
 
 if __name__ == "__main__":

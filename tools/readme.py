@@ -6,6 +6,8 @@ from pathlib import Path
 
 import nbformat
 
+from diffusion_papers.core.files import whole_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,8 +32,7 @@ def rendered(cell, number, before):
         elif "text" in output: parts.append(f"```\n{output.text.rstrip()}\n```")
         elif "image/png" in output.get("data", {}):
             picture = ROOT / "nbs" / "images" / f"index_{number}.png"
-            picture.parent.mkdir(exist_ok=True)
-            picture.write_bytes(base64.b64decode(output.data["image/png"]))
+            with whole_file(picture) as unfinished: unfinished.write_bytes(base64.b64decode(output.data["image/png"]))
             parts.append(f"![{before.strip().splitlines()[-1]}](nbs/images/{picture.name})")
     return "\n\n".join(parts)
 
@@ -43,4 +44,4 @@ if __name__ == "__main__":
         parts.append(rendered(cell, number, before).strip())
         if cell.cell_type == "markdown": before = cell.source
     text = "\n\n".join(filter(None, parts))
-    (ROOT / "README.md").write_text(text + "\n", encoding="utf-8")
+    with whole_file(ROOT / "README.md") as unfinished: unfinished.write_text(text + "\n", encoding="utf-8")

@@ -14,6 +14,8 @@ import plotly
 from fastcore.docments import docments
 from sphinx.cmd.build import build_main
 
+from diffusion_papers.core.files import whole_file
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, PAGES, OUT = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -172,7 +174,7 @@ def write_api():
         name = module_of(path)
         if name is None: continue
         module = importlib.import_module(f"diffusion_papers.{name}")
-        (PAGES / "api" / f"{name}.md").write_text(api_page(module, path), encoding="utf-8")
+        with whole_file(PAGES / "api" / f"{name}.md") as unfinished: unfinished.write_text(api_page(module, path), encoding="utf-8")
         written.append(f"api/{name}")
     return written
 
@@ -196,7 +198,7 @@ def write_pages():
         if page.stem == "index":
             listed = {title: [p.relative_to(NOTEBOOKS).with_suffix("").as_posix() for p in paths] for title, paths in groups.items()}
             notebook.cells.append(contents(listed, [*write_api(), "CHANGELOG", "CONTRIBUTING"]))
-        nbformat.write(notebook, PAGES / page)
+        with whole_file(PAGES / page) as unfinished: nbformat.write(notebook, unfinished)
 
 
 def lighten(page):
@@ -210,7 +212,7 @@ def lighten(page):
     if page.stem != "search":  # which starts as soon as it is read
         later = "doctools|sphinx_highlight|sphinx-book-theme|searchtools|language_data|searchindex"
         text = re.sub(rf'<script (src="[^"]*\b(?:{later})\.js)', r"<script defer \1", text)
-    page.write_text(text, encoding="utf-8")
+    with whole_file(page) as unfinished: unfinished.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

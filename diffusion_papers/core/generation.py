@@ -9,14 +9,17 @@ __all__ = ['pieces', 'noise_for', 'generate', 'Generated', 'generated_moments', 
 import functools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from .files import whole_file
+from .checkpoints import write_tensors
 from .checks import check_range, require
+from .configs import differences
 from .evidence import write_json
+from .files import locked
 from .metrics import Moments, to_bytes
 from .training import processes, step_seed
 
@@ -52,26 +55,28 @@ def generate(
     *,
     size: int=500,            # samples a piece
     about: dict | None=None,  # what they are, plain data: model, seed, solver, ...
+    free=frozenset(),         # names in `about` that do not matter to the samples, see `Config.free`
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> "Generated":             # all of them, read from the disk
-    "Make many samples; several processes (`accelerate launch`) share the work, and what is there is kept."
+    "Make many samples; several processes (`accelerate launch`) share the work, and what is there is kept. A folder serves one such run at a time."
     ours, folder, asked = processes(device), Path(folder), pieces(count, size)
-    described = json.loads(json.dumps({"count": count, "size": size, "about": about or {}}))
-    place = folder / "about.json"
-    if ours.is_main_process and not place.is_file(): write_json(place, described)
-    ours.wait_for_everyone()
-    if (there := json.loads(place.read_text(encoding="utf-8"))) != described:
-        raise ValueError(f"folder: {folder} holds other samples: {there} instead of {described}")
-    missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
-    ours.wait_for_everyone()  # all have looked before anyone writes, so that what is missing is shared evenly
-    save = require("safetensors.torch", "train").save_file
-    for piece in require("tqdm", "train").tqdm(missing[ours.process_index::ours.num_processes], unit_scale=size, unit="sample",
-                                               desc="generating", **({} if ours.is_main_process else {"disable": True})):
-        tensors = {name: value.detach().cpu().contiguous() for name, value in draw(piece).items()}
-        wrong = [name for name, value in tensors.items() if len(value) != len(piece)]
-        if wrong: raise ValueError(f"draw: expected {len(piece)} samples, got {len(tensors[wrong[0]])} of {wrong[0]}")
-        with whole_file(_file(folder, piece.start)) as unfinished: save(tensors, unfinished)
-    ours.wait_for_everyone()
+    described = {"count": count, "size": size, "about": about or {}}
+    with locked(folder / "about.lock", f"folder: {folder}") if ours.is_main_process else nullcontext():
+        place = folder / "about.json"
+        if ours.is_main_process and not place.is_file(): write_json(place, described)
+        ours.wait_for_everyone()
+        there = json.loads(place.read_text(encoding="utf-8"))
+        if changed := differences(there, described, {f"about.{name}" for name in free}):
+            raise ValueError(f"folder: {folder} holds other samples: {', '.join(changed)}")
+        missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
+        ours.wait_for_everyone()  # all have looked before anyone writes, so that what is missing is shared evenly
+        for piece in require("tqdm", "train").tqdm(missing[ours.process_index::ours.num_processes], unit_scale=size, unit="sample",
+                                                   desc="generating", **({} if ours.is_main_process else {"disable": True})):
+            tensors = {name: value.detach().cpu().contiguous() for name, value in draw(piece).items()}
+            wrong = [name for name, value in tensors.items() if len(value) != len(piece)]
+            if wrong: raise ValueError(f"draw: expected {len(piece)} samples, got {len(tensors[wrong[0]])} of {wrong[0]}")
+            write_tensors(_file(folder, piece.start), tensors)
+        ours.wait_for_everyone()
     return Generated(folder)
 
 # %% ../../nbs/core/18_generation.ipynb #46f6af56

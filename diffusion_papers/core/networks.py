@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import CheckpointError, load_foreign, load_into
+from .checkpoints import CheckpointError, load_foreign, load_into, plain_names
 from .checks import check_choice, check_range
 from .configs import Config
 
@@ -672,19 +672,26 @@ def authors_tensors(
     keys: list[tuple[str, str]],    # (our name, their name), in their order
     frozen: set=frozenset(),        # their names of the parameters that were not trained
     source: str="checkpoint",       # what the error message calls it
+    prefix: str="",                 # in front of their names, beside those of data parallelism and of torch.compile
 ) -> dict[str, torch.Tensor]:       # our name -> value
     "The weights of a released checkpoint under our names; the average where there is one (`CheckpointError`)."
     some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    plain = lambda state: plain_names(state, *filter(None, ("module.", prefix)), source=source)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    theirs = [name for _, name in keys]
+    state, theirs = plain(state), [name for _, name in keys]
     missing = [name for name in theirs if name not in state]
-    if missing: raise CheckpointError(f"{source}: lacks {some(missing)}")
+    if missing:
+        inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
+        hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
+        raise CheckpointError(f"{source}: lacks {some(missing)}{hint}")
     if "ema" in checkpoint:
         trained, average = [name for name in theirs if name not in frozen], checkpoint["ema"]
-        average = average.get("shadow_params") if isinstance(average, dict) else None
+        if isinstance(average, dict) and "shadow_params" not in average:  # names and tensors, instead of a list
+            named = plain(average)
+            average = [named[name] for name in trained if name in named]
+        elif isinstance(average, dict): average = average["shadow_params"]
         if not isinstance(average, (list, tuple)) or len(average) != len(trained):
             raise CheckpointError(f"{source}: expected an average of {len(trained)} tensors, one for each that was "
                                   f"trained, got {len(average) if isinstance(average, (list, tuple)) else 'none'}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .checks import require
 from .evidence import machine
+from .files import whole_file
 from .plots import data_uri, figure_png, plot_curves, png, tile
 from .registry import Demonstration, paper, papers
 
@@ -96,9 +97,7 @@ def write_demonstrations(
         sections.append(html_section(shown, seconds))
         summary.append({"paper": name, "claim": outcome or ("holds" if shown.holds else "does not hold"),
                         "seconds": round(seconds, 1), "result": shown.verdict})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html_page(sections, summary), encoding="utf-8")
+    with whole_file(path) as unfinished: unfinished.write_text(html_page(sections, summary), encoding="utf-8")
     for row in summary: say(f"{row['paper']:10s} {row['claim']:14s} {row['seconds']:6.1f} s  {row['result']}")
     say(f"The page: {path}")
     return all(row["claim"] != "failed" for row in summary)
