@@ -87,7 +87,7 @@ def test_a_ledger_of_another_mechanism_or_a_lost_one_is_refused(tmp_path):
 def test_what_a_run_keeps_is_for_its_owner_alone(tmp_path):
     dpdm.train(SHORT, tmp_path / "run", device="cpu")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"ledger.json", "run.safetensors", "config.json"}
+    assert {path.name for path in files} == {"ledger.json", "ledger.json.lock", "run.safetensors", "config.json"}
     assert all(path.stat().st_mode & 0o077 == 0 for path in files), [oct(path.stat().st_mode) for path in files]
 
 
