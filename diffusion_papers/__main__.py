@@ -149,7 +149,7 @@ def do_demo(args):
 
 
 def do_spent(args):
-    "Add up what private runs on the same data have spent."
+    "Add up what private runs on the same data have spent; what copied ledgers have in common counts for each copy."
     from diffusion_papers.core.privacy import Ledger, total_spent
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always")
@@ -160,7 +160,7 @@ def do_spent(args):
     plans = [ledger.mechanism for ledger in ledgers.values()]
     told = f"epsilon {total:.4f} at delta {min(plan.delta for plan in plans) if args.delta is None else args.delta:g}"
     public = any(plan.randomness == "public" for plan in plans)
-    print(f"together, {len(plans)} ledgers: {'no privacy, the guarantee is void; were all noise secret, ' if public else ''}{told}")
+    print(f"together: {'no privacy, the guarantee is void; were all noise secret, ' if public else ''}{told}")
 
 
 def do_bench(args):
