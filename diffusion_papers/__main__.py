@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_SETTABLE', 'pair', 'arguments_of', 'converted', 'do_list', 'do_train', 'do_sample', 'do_evaluate', 'do_restore',
-           'do_results', 'do_demo', 'do_bench', 'do_scale', 'parser', 'main']
+           'do_results', 'do_demo', 'do_spent', 'do_bench', 'do_scale', 'parser', 'main']
 
 # %% ../nbs/command_line.ipynb #284f8318
 import argparse
@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from .core.checks import check_device
@@ -151,6 +152,21 @@ def do_demo(args):
         raise RuntimeError("a demonstration failed; the page says which and why")
 
 
+def do_spent(args):
+    "Add up what private runs on the same data have spent; what copied ledgers have in common counts for each copy."
+    from diffusion_papers.core.privacy import Ledger, total_spent
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always")
+        ledgers = {os.path.realpath(ledger.path): ledger for ledger in map(Ledger.read, args.ledgers)}  # a file counts once
+        total = total_spent(ledgers.values(), args.delta)
+    for ledger in ledgers.values(): print(f"{ledger.path}: {ledger.statement()}")
+    for doubt in dict.fromkeys(str(warning.message) for warning in doubts): print(f"warning: {doubt}")
+    plans = [ledger.mechanism for ledger in ledgers.values()]
+    told = f"epsilon {total:.4f} at delta {min(plan.delta for plan in plans) if args.delta is None else args.delta:g}"
+    public = any(plan.randomness == "public" for plan in plans)
+    print(f"together: {'no privacy, the guarantee is void; were all noise secret, ' if public else ''}{told}")
+
+
 def do_bench(args):
     "Time a paper's parts against straightforward ways to do the same, and store the table."
     from diffusion_papers.core.evidence import data_folder, machine, write_json
@@ -228,6 +244,8 @@ def parser(
     command("results", do_results,
             lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.",
             verify={"action": "store_true", "help": "instead, stamp results that changed code still gives, by probes that run both"})
+    for sub in command("spent", do_spent, delta={"type": float, "help": "of all of them together (default: the smallest of the ledgers')"}).values():
+        sub.add_argument("ledgers", nargs="+", metavar="LEDGER", help="a ledger file, or the folder of a run that holds one")
     command("bench", do_bench, lambda slug: "The table goes to data/benchmarks/.", device=device)
     command("scale", do_scale, lambda slug: "The table goes to data/benchmarks/.", device=device)
     for sub in command("demo", do_demo, output={"metavar": "FILE", "default": "_out/index.html",

@@ -7,11 +7,11 @@ __all__ = ['DATA_STD', 'PARAMETERISATIONS', 'PRIVATE', 'FORMS', 'by_layer_clippe
            'PUBLIC_DATA', 'MNIST', 'DIGITS', 'GLYPHS', 'SCENES', 'CONFIGS', 'VARIANTS', 'WAYS', 'SABOTAGE', 'STUDIES',
            'EXPERIMENTS', 'PROBES', 'BENCHMARKS', 'coefficients', 'noise_levels', 'draw_levels', 'PerceptronConfig',
            'MixerConfig', 'Embedding', 'Block', 'Perceptron', 'Mixer', 'DpdmConfig', 'PrivateDenoiser', 'build',
-           'multiplied_loss', 'with_draws', 'glyphs', 'Scenes', 'load_data', 'test_data', 'fetch', 'check_data',
-           'private_gradients', 'open_run', 'train', 'save_model', 'load_model', 'load_pretrained', 'reverse_diffusion',
-           'strong_churn', 'sample_images', 'sample', 'classifier', 'accuracy', 'fit_classifier', 'utility',
-           'judged_scenes', 'evaluate', 'study_claim', 'fit_private_classifier', 'study_classifiers', 'study_width',
-           'picture_losses', 'study_membership', 'attack_score', 'epsilon_bound', 'audit', 'study_audit',
+           'multiplied_loss', 'with_draws', 'glyphs', 'Scenes', 'load_data', 'test_data', 'fetch', 'made_up',
+           'check_data', 'private_gradients', 'open_run', 'train', 'save_model', 'load_model', 'load_pretrained',
+           'reverse_diffusion', 'strong_churn', 'sample_images', 'sample', 'classifier', 'accuracy', 'fit_classifier',
+           'utility', 'judged_scenes', 'evaluate', 'study_claim', 'fit_private_classifier', 'study_classifiers',
+           'study_width', 'picture_losses', 'study_membership', 'attack_score', 'epsilon_bound', 'audit', 'study_audit',
            'report_audit', 'load_authors_checkpoint', 'one_step', 'generate_data', 'demonstrate', 'bench_step',
            'benchmark']
 
@@ -23,7 +23,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -235,7 +235,7 @@ class DpdmConfig(Config):
     delta: float = 1e-4         # below 1 / number of pictures
     accountant: str = "rdp_wide"  # "rdp" as in the paper, "rdp_wide", or "prv" (see `core.privacy`)
     noise_multiplier: float = 0.0 # sigma of DP-SGD; 0 is what the budget asks for
-    examples: int = 0           # N, where it is declared; 0 is the number of pictures, as public knowledge
+    examples: int = 0           # N, where it is declared, not below the number of pictures; 0 is that number, as public knowledge
     public: bool = False        # the data are public: noise may be repeatable, and there is no privacy
     level_mean: float = -1.2    # of ln sigma in training, for "edm"
     level_std: float = 1.2      # of ln sigma in training, for "edm"
@@ -283,13 +283,14 @@ class DpdmConfig(Config):
         self,
         examples: int,       # N, pictures in the private data
     ) -> Mechanism:          # what one run does to them
-        "The price list of a run (`ValueError` where the budget cannot be met)."
-        examples = self.examples or examples
+        "The price list of a run (`ValueError` where the budget cannot be met, or fewer examples are declared than there are)."
+        people, examples = examples, self.examples or examples
         q, steps = 1 / math.ceil(examples / self.training.batch_size), self.training.steps
         noise = 0.0 if self.epsilon == 0 else self.noise_multiplier or noise_multiplier_for(
             self.epsilon, q, steps, self.delta, self.accountant)
         plan = Mechanism(examples, q, noise, self.delta, steps, self.accountant,
                          randomness="public" if self.public else "secret")
+        plan.check_examples(people)
         if self.epsilon and (cost := plan.epsilon()) > self.epsilon:
             raise ValueError(f"noise_multiplier: {noise} costs epsilon {cost:.3f}, above the budget of {self.epsilon}")
         return plan
@@ -465,6 +466,17 @@ def fetch(
     return {name: batch[name] for name in ("x0", "class_label") if name in batch}
 
 
+def made_up(
+    config: DpdmConfig,            # says the shape, and whether there are classes
+    device: torch.device | str,    # where they are needed
+) -> dict:                         # x0 (2, C, H, W), sigma (2, 1), noise (2, 1, C, H, W), perhaps class_label (2,)
+    "Two pictures of nobody, on which a pass can be tried."
+    generator = public_generator(0)
+    x0 = torch.rand(2, *config.shape, generator=generator) * 2 - 1
+    batch = with_draws({"x0": x0, "class_label": torch.zeros(2, dtype=torch.int64)}, replace(config, draws=1), generator)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def check_data(
     data,                   # map-style data set
     mine: torch.Tensor,     # indices of this process's share
@@ -513,14 +525,24 @@ def open_run(
     config: DpdmConfig,                # of the run
     folder: Path,                      # where it is kept
     mechanism: Mechanism,              # what it does to the data
+    held: ExitStack,                   # closes the ledger, and lets go of the folder, when the run ends
     resume: bool,                      # whether there may be one
-) -> tuple:                            # ledger; steps that the checkpoint has, 0 for a new run
-    "Open a run's folder (`ValueError` for one that holds a run, unless it is to be resumed)."
+    pays: bool=True,                   # whether this process pays for the steps: of several that share a run, one does
+) -> tuple:                            # ledger, in use until it is closed; steps that the checkpoint has, 0 for a new run
+    "Open a run's folder (`ValueError` for one that holds a run, unless it is to be resumed, and for one without its ledger)."
     path, step = folder / "run.safetensors", 0
-    if not resume and (has_run(folder) or (folder / "ledger.json").is_file()):
+    traces = [file.name for file in (*folder.glob("config.json"), *sorted(folder.glob("*.safetensors")))]
+    if traces and not (folder / "ledger.json").exists():
+        raise ValueError(f"folder: {folder} holds {' and '.join(traces)}, but no ledger.json that says what was spent, so "
+                         "the budget would begin anew; put the ledger back, or choose another folder and count this "
+                         "run's whole budget as spent")
+    if not resume and (folder / "ledger.json").exists():
         raise ValueError(f"folder: {folder} holds a run already; resume it, or choose another folder")
+    ledger = held.enter_context(Ledger.open(folder / "ledger.json", mechanism) if pays else Ledger.read(folder))
+    if pays: held.enter_context(claim_folder(folder, config, resume))
     if has_run(folder): step, _ = load_run(path, model, average, optimizer, config.training)
-    return Ledger.open(folder / "ledger.json", mechanism, at_least=step), step
+    ledger.check_covers(step)
+    return ledger, step
 
 # %% ../nbs/papers/06_dpdm.ipynb #57dbf0bb
 def train(
@@ -540,13 +562,15 @@ def train(
     mechanism, settings = config.mechanism(len(data)), config.training
     folder = Path(tempfile.mkdtemp() if folder is None else folder)
     model = build(config).to(ours.device).train()
+    check_private(model, multiplied_loss, made_up(config, ours.device))
     average, optimizer = copy.deepcopy(model).eval(), torch.optim.Adam(model.parameters(), lr=settings.lr)
     mine = torch.arange(ours.process_index, len(data), ours.num_processes)
     if not config.public: check_data(data, mine, config)
-    with nullcontext() if config.public else _private_files(), claim_folder(folder, config, resume):
-        if ours.is_main_process: ledger, step = open_run(model, average, optimizer, config, folder, mechanism, resume)
+    run = model, average, optimizer, config, folder, mechanism
+    with nullcontext() if config.public else _private_files(), ExitStack() as held:
+        if ours.is_main_process: ledger, step = open_run(*run, held, resume)
         ours.wait_for_everyone()
-        if not ours.is_main_process: ledger, step = open_run(model, average, optimizer, config, folder, mechanism, True)
+        if not ours.is_main_process: ledger, step = open_run(*run, held, True, False)
         ours.wait_for_everyone()  # nobody pays before all have read the ledger
         left = mechanism.steps - (step if config.public else ledger.taken)
         generator = None if config.public else secret_generator(ours.device)
@@ -570,8 +594,8 @@ def train(
                 if ours.is_main_process:
                     save_run(folder / "run.safetensors", model, average, optimizer, settings, step, {}, private=not config.public)
                     bar.set_postfix_str(f"epsilon {ledger.spent():.2f} of {config.epsilon:g}")
-    ours.wait_for_everyone()
-    paid = Ledger.open(folder / "ledger.json", mechanism)
+        ours.wait_for_everyone()
+        paid = Ledger.read(folder)
     average.guarantee = {"mechanism": mechanism.to_dict(), "steps": paid.taken, "statement": paid.statement(),
                          "epsilon": None if config.public else paid.spent(), "epsilon if secret": paid.spent()}
     return average
@@ -902,9 +926,12 @@ def fit_private_classifier(
     optimizer, mechanism = torch.optim.Adam(network.parameters(), lr=lr), ledger.mechanism
     generator = generator or secret_generator()
     loss = lambda network, batch: F.cross_entropy(network(batch["x0"]), batch["class_label"], reduction="none")
+    mechanism.check_examples(len(data["x0"]))
+    nobody = torch.rand(2, *data["x0"].shape[1:], generator=public_generator(0)).to(data["x0"])
+    check_private(network, loss, {"x0": nobody, "class_label": torch.zeros_like(data["class_label"][:1]).expand(2)})
     while ledger.taken < mechanism.steps:
         ledger.record()
-        chosen = poisson_batch(mechanism.examples, mechanism.q, generator)
+        chosen = poisson_batch(len(data["x0"]), mechanism.q, generator)
         private_gradients(network, loss, {name: value[chosen] for name, value in data.items()}, clip, mechanism,
                           generator, summed=by_layer_clipped_sum if kind == "convolutional" else ghost_clipped_sum)
         optimizer.step()
@@ -925,9 +952,9 @@ def study_classifiers(
     plan = Mechanism(count, 0.25, noise, config.delta, steps, "rdp_wide", randomness="public")
     for kind in CLASSIFIERS:
         with tempfile.TemporaryDirectory() as folder:
-            ledger = Ledger.open(Path(folder) / "ledger.json", plan)
-            network = fit_private_classifier(kind, private, config.classes, ledger, seed=seed,
-                                             generator=public_generator(step_seed(seed, 4)))
+            with Ledger.open(Path(folder) / "ledger.json", plan) as ledger:
+                network = fit_private_classifier(kind, private, config.classes, ledger, seed=seed,
+                                                 generator=public_generator(step_seed(seed, 4)))
         found[kind] = accuracy(network, unseen["x0"], unseen["class_label"])
     return found
 

@@ -118,19 +118,19 @@ def test_no_sequence_of_payments_and_resumptions_exceeds_the_plan(tmp_path_facto
     path, paid = tmp_path_factory.mktemp("ledger") / "ledger.json", 0
     ledger = privacy.Ledger.open(path, SMALL)
     for steps in payments:
-        if steps is None: ledger = privacy.Ledger.open(path, SMALL, at_least=paid)
+        if steps is None: ledger.close(); ledger = privacy.Ledger.open(path, SMALL, at_least=paid)
         elif paid + steps <= SMALL.steps: ledger.record(steps); paid += steps
         else:
             before = path.read_bytes()
             with pytest.raises(privacy.PrivacyBudgetExceeded): ledger.record(steps)
             assert path.read_bytes() == before
-        assert ledger.taken == paid == privacy.Ledger.open(path, SMALL).taken
+        assert ledger.taken == paid == privacy.Ledger.read(path).taken
         assert path.stat().st_mode & 0o777 == 0o600
     assert ledger.spent() <= SMALL.epsilon()
 
 
 def test_another_mechanism_is_refused_by_name(tmp_path):
-    privacy.Ledger.open(tmp_path / "ledger.json", SMALL).record()
+    with privacy.Ledger.open(tmp_path / "ledger.json", SMALL) as ledger: ledger.record()
     others = {"examples": 1400, "q": 0.4, "noise_multiplier": 6.0, "delta": 1e-5, "steps": 31, "accountant": "prv",
               "randomness": "public", "large_delta": True}
     for name, value in others.items():
@@ -142,6 +142,7 @@ def test_every_truncation_and_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "ledger.json"
     ledger = privacy.Ledger.open(path, SMALL)
     ledger.record(3)
+    ledger.close()
     whole = path.read_bytes()
     for length in (0, 1, 50, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:length])
@@ -150,10 +151,12 @@ def test_every_truncation_and_flipped_bit_is_noticed(tmp_path):
         flipped = bytearray(whole)
         flipped[place] ^= 4
         path.write_bytes(flipped)
-        try: assert privacy.Ledger.open(path, SMALL).taken == 3  # white space means nothing
+        try: assert privacy.Ledger.read(path).taken == 3  # white space means nothing
         except ValueError: pass
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="damaged"): privacy.Ledger.open(path, SMALL)
+    path.write_bytes(whole)
+    ledger = privacy.Ledger.open(path, SMALL)
     path.unlink()
     with pytest.raises(ValueError, match="disappeared"): ledger.record()
     assert not path.exists() and ledger.taken == 3
@@ -165,8 +168,8 @@ def test_a_failed_write_pays_nothing_and_leaves_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): ledger.record()
     monkeypatch.undo()
-    assert ledger.taken == privacy.Ledger.open(tmp_path / "ledger.json", SMALL).taken == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["ledger.json"]
+    assert ledger.taken == privacy.Ledger.read(tmp_path / "ledger.json").taken == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ledger.json", "ledger.json.lock"]
 
 
 def test_killed_runs_have_never_taken_more_than_they_paid(tmp_path):
@@ -183,7 +186,7 @@ def test_killed_runs_have_never_taken_more_than_they_paid(tmp_path):
         assert victim.poll() is None
         victim.send_signal(signal.SIGKILL)
         victim.wait()
-        taken, paid = len(trace.read_text().splitlines()), privacy.Ledger.open(path, privacy.Mechanism(steps=100_000)).taken
+        taken, paid = len(trace.read_text().splitlines()), privacy.Ledger.read(path).taken
         assert 10 <= taken <= paid <= taken + 2  # one unfinished step for each kill
 
 

@@ -4,17 +4,24 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'WIDE_ORDERS', 'ACCOUNTANTS', 'subsampled_gaussian_rdp', 'epsilon_from_rdp', 'gaussian_epsilon',
-           'epsilon_spent', 'noise_multiplier_for', 'Mechanism', 'PrivacyBudgetExceeded', 'Ledger', 'poisson_batch',
-           'secret_generator', 'public_generator', 'check_private', 'per_example_gradients', 'gradients_by_layer',
-           'clip_factors', 'clipped_sum', 'ghost_clipped_sum', 'noisy_mean']
+           'epsilon_spent', 'noise_multiplier_for', 'Mechanism', 'PrivacyBudgetExceeded', 'Ledger', 'total_spent',
+           'poisson_batch', 'secret_generator', 'public_generator', 'check_private', 'per_example_gradients',
+           'gradients_by_layer', 'clip_factors', 'clipped_sum', 'ghost_clipped_sum', 'noisy_mean']
 
 # %% ../../nbs/core/23_privacy.ipynb #3654d8db
+import ast
+import copy
 import functools
+import inspect
 import json
 import math
+import os
 import secrets
+import textwrap
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +30,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .checkpoints import digest
 from .checks import check_choice, check_range, require
 from .configs import Config
-from .files import whole_file
+from .files import locked, whole_file
 
 # %% ../../nbs/core/23_privacy.ipynb #88efd3ff
+def _check_noise(noise_multiplier):
+    "Require a number, at least 0 and not so large that its square overflows (`ValueError`)."
+    check_range(noise_multiplier, "noise_multiplier", 0.0, 1e100)
+
+
+def _check_orders(orders):
+    "Renyi orders as float64 (`ValueError` for what is none)."
+    orders = torch.as_tensor(orders, dtype=torch.float64)
+    if orders.ndim != 1 or not len(orders) or not (orders > 1).all() or not orders.isfinite().all():
+        raise ValueError(f"orders: expected a list of numbers above 1, got {orders.tolist()}")
+    return orders
+
+
 def _log_moment(q, sigma, alpha):
     "Logarithm of E r^alpha, for 0 < q < 1."
     step = min(1 / 8, sigma / 4)
@@ -54,10 +75,8 @@ def subsampled_gaussian_rdp(
     orders,                   # Renyi orders, above 1 (A,)
 ) -> torch.Tensor:            # divergence of one step at each order (A,), float64
     "Renyi privacy of one step of the Gaussian mechanism on a Poisson sample, for adding or removing an example."
-    check_range(q, "q", 0.0, 1.0); check_range(noise_multiplier, "noise_multiplier", 0.0)
-    orders = torch.as_tensor(orders, dtype=torch.float64)
-    if orders.ndim != 1 or not len(orders) or not (orders > 1).all() or not orders.isfinite().all():
-        raise ValueError(f"orders: expected a list of numbers above 1, got {orders.tolist()}")
+    check_range(q, "q", 0.0, 1.0); _check_noise(noise_multiplier)
+    orders = _check_orders(orders)
     if q == 0: return torch.zeros_like(orders)
     if noise_multiplier == 0: return torch.full_like(orders, math.inf)
     # Noise below 0.01 serves nobody: there the bound by everyone in every batch is enough.
@@ -75,16 +94,25 @@ def _check_delta(delta):
     if not 0 < delta < 1: raise ValueError(f"delta: expected a value in (0, 1), got {delta}")
 
 
+def _check_steps(steps, low):
+    "Require a whole number of steps (`ValueError`): half a step has no price."
+    check_range(steps, "steps", low)
+    if not float(steps).is_integer(): raise ValueError(f"steps: expected a whole number, got {steps}")
+
+
 def epsilon_from_rdp(
-    rdp: torch.Tensor,  # Renyi divergence of the whole run at each order (A,)
+    rdp: torch.Tensor,  # Renyi divergence of the whole run at each order, at least 0, perhaps infinite (A,)
     orders,             # the orders, above 1 (A,)
     delta: float,       # in (0, 1)
 ) -> tuple:             # epsilon, at least 0; the order that gave it
-    "The smallest epsilon that one of the orders proves."
+    "The smallest epsilon that one of the orders proves (`ValueError` for what is no divergence: NaN, or below 0)."
     _check_delta(delta)
-    orders = torch.as_tensor(orders, dtype=torch.float64)
+    orders, rdp = _check_orders(orders), torch.as_tensor(rdp, dtype=torch.float64)
     if rdp.shape != orders.shape:
         raise ValueError(f"rdp: expected one value for each of {len(orders)} orders, got shape {tuple(rdp.shape)}")
+    if wrong := [place for place, value in enumerate(rdp.tolist()) if not value >= 0]:
+        raise ValueError(f"rdp: expected divergences of at least 0, got {rdp[wrong[0]].item()} "
+                         f"at order {orders[wrong[0]].item():g}")
     epsilon = rdp - (math.log(delta) + orders.log()) / (orders - 1) + torch.log1p(-1 / orders)
     best = epsilon.argmin()
     return max(0.0, epsilon[best].item()), orders[best].item()
@@ -96,7 +124,7 @@ def gaussian_epsilon(
     delta: float,             # in (0, 1)
 ) -> float:                   # the smallest epsilon there is
     "The exact epsilon of steps that every example takes part in."
-    _check_delta(delta); check_range(steps, "steps", 0); check_range(noise_multiplier, "noise_multiplier", 0.0)
+    _check_delta(delta); _check_steps(steps, 0); _check_noise(noise_multiplier)
     if steps == 0: return 0.0
     if noise_multiplier == 0: return math.inf
     mu = math.sqrt(steps) / noise_multiplier
@@ -116,13 +144,27 @@ ACCOUNTANTS = ("rdp", "rdp_wide", "prv")
 
 
 @functools.lru_cache(maxsize=256)
-def _prv_epsilon(q, noise_multiplier, steps, delta):
-    "Opacus's numerical composition; it takes a second or so, more for many steps."
+def _prv_epsilon(history, delta):
+    "Opacus's numerical composition of (noise multiplier, q, steps); a second or so, more for many steps. Infinite where it finds no answer."
     accountant = require("opacus.accountants", "privacy").PRVAccountant()
-    accountant.history = [(noise_multiplier, q, steps)]
+    accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # about the order list of its own first guess, and log 0
         warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(delta=delta))
+        try: epsilon = float(accountant.get_epsilon(delta=delta))
+        except (RuntimeError, ValueError): return math.inf  # its grid is too coarse for such a delta
+    return epsilon if epsilon >= 0 else math.inf  # NaN is no answer, either
+
+
+def _composed(releases, delta, accountant):
+    "Epsilon of several mechanisms one after another, (q, noise multiplier) -> steps."
+    releases = {kind: steps for kind, steps in releases.items() if steps and kind[0]}
+    if not releases: return 0.0
+    orders = ORDERS if accountant == "rdp" else WIDE_ORDERS
+    divergence = sum(steps * subsampled_gaussian_rdp(*kind, orders) for kind, steps in releases.items())
+    bound = epsilon_from_rdp(divergence, orders, delta)[0]
+    if accountant != "prv" or bound > 100: return bound  # beyond, prv's grid would not fit into memory
+    history = tuple((float(noise), float(q), int(steps)) for (q, noise), steps in releases.items())
+    return min(bound, _prv_epsilon(history, float(delta)))
 
 
 def epsilon_spent(
@@ -133,14 +175,9 @@ def epsilon_spent(
     accountant: str="rdp",    # one of ACCOUNTANTS
 ) -> float:                   # an upper bound of epsilon
     "What the steps of a run have cost."
-    _check_delta(delta); check_choice(accountant, "accountant", ACCOUNTANTS); check_range(steps, "steps", 0)
-    check_range(q, "q", 0.0, 1.0); check_range(noise_multiplier, "noise_multiplier", 0.0)
-    if steps == 0 or q == 0: return 0.0
-    if noise_multiplier == 0: return math.inf
-    orders = ORDERS if accountant == "rdp" else WIDE_ORDERS
-    bound = epsilon_from_rdp(steps * subsampled_gaussian_rdp(q, noise_multiplier, orders), orders, delta)[0]
-    if accountant != "prv" or bound > 100: return bound  # beyond, prv's grid would not fit into memory
-    return _prv_epsilon(float(q), float(noise_multiplier), int(steps), float(delta))
+    _check_delta(delta); check_choice(accountant, "accountant", ACCOUNTANTS); _check_steps(steps, 0)
+    check_range(q, "q", 0.0, 1.0); _check_noise(noise_multiplier)
+    return _composed({(q, noise_multiplier): steps}, delta, accountant)
 
 # %% ../../nbs/core/23_privacy.ipynb #3d480610
 def noise_multiplier_for(
@@ -153,8 +190,8 @@ def noise_multiplier_for(
 ) -> float:                 # noise multiplier
     "Noise for a budget (`ValueError` where the accountant cannot prove such a small epsilon, whatever the noise)."
     for name, value in (("target_epsilon", target_epsilon), ("q", q), ("tolerance", tolerance)):
-        if not value > 0: raise ValueError(f"{name}: expected a value above 0, got {value}")
-    check_range(steps, "steps", 1)
+        if not 0 < value < math.inf: raise ValueError(f"{name}: expected a finite value above 0, got {value}")
+    _check_steps(steps, 1)
     price = lambda noise: epsilon_spent(q, noise, steps, delta, accountant)
     low, high, spent = 0.0, 10.0, price(10.0)
     while spent > target_epsilon:
@@ -185,9 +222,9 @@ class Mechanism(Config):
     large_delta: bool = False        # accept a delta of 1/N or more, with a warning
 
     def __post_init__(self):
-        check_range(self.examples, "examples", 1); check_range(self.steps, "steps", 1)
+        check_range(self.examples, "examples", 1); _check_steps(self.steps, 1)
         if not 0 < self.q <= 1: raise ValueError(f"q: expected a value in (0, 1], got {self.q}")
-        check_range(self.noise_multiplier, "noise_multiplier", 0.0); _check_delta(self.delta)
+        _check_noise(self.noise_multiplier); _check_delta(self.delta)
         check_choice(self.accountant, "accountant", ACCOUNTANTS)
         check_choice(self.adjacency, "adjacency", ("add_remove",))
         check_choice(self.randomness, "randomness", ("secret", "public"))
@@ -209,6 +246,15 @@ class Mechanism(Config):
         steps = self.steps if steps is None else steps
         return epsilon_spent(self.q, self.noise_multiplier, steps, self.delta, self.accountant)
 
+    def check_examples(
+        self,
+        count: int,  # examples that the data really hold
+    ):
+        "Require that as many examples are declared as there are, or more (`ValueError`)."
+        if count > self.examples:
+            raise ValueError(f"examples: {self.examples} are declared, but the data hold {count}; "
+                             "who declares fewer promises a delta that is too large for so many")
+
 # %% ../../nbs/core/23_privacy.ipynb #85cfc661
 class PrivacyBudgetExceeded(RuntimeError):
     "The planned steps are spent; the step that was asked for must not be taken."
@@ -220,30 +266,34 @@ def _read_ledger(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content.pop("digest")
         if digest({}, content) != found: raise ValueError("its digest is another")
-        return dict(content["mechanism"]), int(content["taken"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if content["kind"] != "privacy ledger": raise ValueError(f"it is a {content['kind']}")
+        mechanism, taken = dict(content["mechanism"]), content["taken"]
+        if type(taken) is not int or taken < 0: raise ValueError(f"it says that {taken!r} steps are taken")
+        return mechanism, taken
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: {path} is damaged, or no ledger ({type(error).__name__}: {error})") from error
 
 
 def _write_ledger(path, mechanism, taken):
     "Write the file, atomically and for its owner alone."
     content = {"kind": "privacy ledger", "mechanism": mechanism.to_dict(), "taken": taken}
-    with whole_file(path) as unfinished:
-        unfinished.touch(mode=0o600)
+    with whole_file(path, private=True) as unfinished:
         text = json.dumps(content | {"digest": digest({}, content)}, indent=1, sort_keys=True)
         unfinished.write_text(text + "\n", encoding="utf-8")
 
 # %% ../../nbs/core/23_privacy.ipynb #7b5d216f
 class Ledger:
-    "The steps that a run has paid for, in a file that only its owner can read."
+    "The steps that a run has paid for, in a file that only its owner can read, and that one run at a time can write."
 
     def __init__(
         self,
         path: Path,            # of the file
         mechanism: Mechanism,  # what one step is, and how many are planned
         taken: int,            # steps paid for
+        lock=None,             # an open file, as `locked` returns it; None is a ledger that can be read alone
     ):
         self.path, self.mechanism, self.taken = path, mechanism, taken
+        self._lock, self._process, self._paying = lock, os.getpid(), threading.Lock()
 
     @classmethod
     def open(
@@ -252,34 +302,83 @@ class Ledger:
         mechanism: Mechanism,  # must be the one of the file
         at_least: int=0,       # steps that the run has taken for certain, for instance those of its checkpoint
     ) -> "Ledger":
-        "Begin a ledger, or go on with one (`ValueError` names what does not fit)."
+        "Begin a ledger, or go on with one (`ValueError` names what does not fit, `RuntimeError` the run that has it)."
         path = Path(path)
-        if path.is_file(): before, taken = _read_ledger(path)
-        else: before, taken = mechanism.to_dict(), 0
-        now = mechanism.to_dict()
-        changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-                   for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        if changed: raise ValueError(f"mechanism: the ledger {path} is of another one: {', '.join(changed)}")
-        if not at_least <= taken <= mechanism.steps:
-            raise ValueError(f"at_least: the run has taken {at_least} of {mechanism.steps} steps, "
-                             f"but the ledger {path} knows of {taken}")
-        ledger = cls(path, mechanism, taken)
-        if not path.is_file(): _write_ledger(path, mechanism, taken)
-        return ledger
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"path: {path} is a link to a ledger that is not there; a new one would begin at no steps")
+        lock = locked(os.path.realpath(path) + ".lock", f"path: the ledger {path}")
+        try:
+            before, taken = _read_ledger(path) if path.exists() else (mechanism.to_dict(), 0)
+            now = mechanism.to_dict()
+            changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+                       for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+            if changed: raise ValueError(f"mechanism: the ledger {path} is of another one: {', '.join(changed)}")
+            ledger = cls(path, mechanism, taken, lock)
+            ledger.check_covers(at_least)
+            if not path.exists(): _write_ledger(path, mechanism, taken)
+            return ledger
+        except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def read(
+        cls,
+        path: Path | str,  # of the file, or of a run's folder that holds it as ledger.json
+    ) -> "Ledger":         # that nothing can be paid into
+        "Look at a ledger, also while a run has it (`ValueError` where there is none, or a damaged one)."
+        path = Path(path)
+        if path.is_dir(): path = path / "ledger.json"
+        if not path.exists(): raise ValueError(f"path: there is no ledger {path}")
+        plain, taken = _read_ledger(path)
+        try: mechanism = Mechanism.from_dict(plain)
+        except (ValueError, TypeError) as error: raise ValueError(f"path: {path} is damaged, or no ledger ({error})") from error
+        if taken > mechanism.steps: raise ValueError(f"path: {path} is damaged: {taken} of {mechanism.steps} steps are spent")
+        return cls(path, mechanism, taken)
+
+    def check_covers(
+        self,
+        steps: int,  # that a run has taken for certain
+    ):
+        "Require that these steps are paid (`ValueError`)."
+        if not steps <= self.taken <= self.mechanism.steps:
+            raise ValueError(f"at_least: the run has taken {steps} of {self.mechanism.steps} steps, "
+                             f"but the ledger {self.path} knows of {self.taken}")
+
+    def _check_held(self):
+        "Require that this process, and no other, may write (`RuntimeError`)."
+        if self._lock is None or self._lock.closed:
+            raise RuntimeError(f"path: the ledger {self.path} was opened for reading, or is closed; nothing can be paid")
+        if self._process != os.getpid():
+            raise RuntimeError(f"path: the ledger {self.path} belongs to the process that opened it, not to its copies")
+        try: ours = os.path.samestat(os.stat(self._lock.name), os.fstat(self._lock.fileno()))
+        except FileNotFoundError: ours = False
+        if not ours:
+            raise RuntimeError(f"path: the lock of the ledger {self.path} was removed, so another run may have the ledger")
 
     def record(
         self,
         steps: int=1,  # about to be taken, at least 1
     ):
         "Pay for steps before they are taken (`PrivacyBudgetExceeded` beyond the plan, where nothing is written)."
-        check_range(steps, "steps", 1)
-        if self.taken + steps > self.mechanism.steps:
-            raise PrivacyBudgetExceeded(f"steps: {self.taken} of {self.mechanism.steps} planned steps are spent, "
-                                        f"{steps} more would exceed the budget")
-        if not self.path.is_file() or _read_ledger(self.path) != (self.mechanism.to_dict(), self.taken):
-            raise ValueError(f"path: {self.path} has disappeared or changed; one ledger serves one run at a time")
-        _write_ledger(self.path, self.mechanism, self.taken + steps)
-        self.taken += steps
+        _check_steps(steps, 1)
+        with self._paying:
+            self._check_held()
+            if self.taken + steps > self.mechanism.steps:
+                raise PrivacyBudgetExceeded(f"steps: {self.taken} of {self.mechanism.steps} planned steps are spent, "
+                                            f"{steps} more would exceed the budget")
+            if not self.path.is_file() or _read_ledger(self.path) != (self.mechanism.to_dict(), self.taken):
+                raise ValueError(f"path: {self.path} has disappeared or changed; one ledger serves one run at a time")
+            _write_ledger(self.path, self.mechanism, self.taken + int(steps))
+            self.taken += int(steps)
+
+    def close(self):
+        "Let another run have the ledger; what was spent can be asked as before."
+        if self._lock: self._lock.close()
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __del__(self): self.close()
 
     def spent(self) -> float:  # an upper bound of epsilon at the mechanism's delta
         "What the steps on the ledger cost."
@@ -292,6 +391,32 @@ class Ledger:
                 f"{plan.examples} examples, by {plan.accountant}: {self.taken} of {plan.steps} steps with noise "
                 f"multiplier {plan.noise_multiplier:g} on Poisson samples, q = {plan.q:g}")
         return told if plan.randomness == "secret" else f"no privacy: the noise is public; were it secret, {told}"
+
+# %% ../../nbs/core/23_privacy.ipynb #7b0c2427
+def total_spent(
+    ledgers,                  # of all releases from the same data: `Ledger`s, or paths that `Ledger.read` takes
+    delta: float | None=None, # of all of them together, in (0, 1); None is the smallest of the ledgers'
+) -> float:                   # an upper bound of epsilon, for somebody who is in the data of every ledger
+    "What several runs have spent together (warnings say why that may not be the answer to the question)."
+    ledgers = [ledger if isinstance(ledger, Ledger) else Ledger.read(ledger) for ledger in ledgers]
+    if not ledgers: raise ValueError("ledgers: expected at least one, got none")
+    plans = [ledger.mechanism for ledger in ledgers]
+    delta = min(plan.delta for plan in plans) if delta is None else delta
+    _check_delta(delta)
+    sizes = sorted({plan.examples for plan in plans})
+    if len(sizes) > 1:
+        warnings.warn(f"ledgers: they are of {' and of '.join(map(str, sizes))} examples, so perhaps of different data; "
+                      "the total is for somebody who is in all of them", stacklevel=2)
+    if delta * sizes[-1] >= 1: warnings.warn(f"delta: expected less than 1/N = {1 / sizes[-1]:.3g}, got {delta}", stacklevel=2)
+    if public := [str(ledger.path) for ledger in ledgers if ledger.mechanism.randomness == "public"]:
+        warnings.warn(f"ledgers: the noise of {', '.join(public)} is public, so the guarantee is void; "
+                      "the total is what secret noise would have cost", stacklevel=2)
+    accountant = "prv" if any(plan.accountant == "prv" for plan in plans) else "rdp_wide"
+    releases = {(plan.q, plan.noise_multiplier): 0 for plan in plans}
+    for ledger, plan in zip(ledgers, plans): releases[plan.q, plan.noise_multiplier] += ledger.taken
+    apart = sum(epsilon_spent(plan.q, plan.noise_multiplier, ledger.taken, delta / len(ledgers), accountant)
+                for ledger, plan in zip(ledgers, plans))
+    return min(_composed(releases, delta, accountant), apart)
 
 # %% ../../nbs/core/23_privacy.ipynb #6f7bb9ed
 def poisson_batch(
@@ -327,21 +452,81 @@ def public_generator(
     return torch.Generator(device).manual_seed(seed)
 
 # %% ../../nbs/core/23_privacy.ipynb #d18517dc
+_IN_PLACE = ("detach", "view")  # what they return shares its memory with the tensor they belong to
+
+
+def _own_tensor(node):
+    "The name in self.name, self.name[...], self.name.mul_(...) and the like; None for other expressions."
+    while isinstance(node, (ast.Subscript, ast.Attribute, ast.Call)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self": return node.attr
+        if isinstance(node, ast.Call):
+            if not (isinstance(node.func, ast.Attribute) and (node.func.attr.endswith("_") or node.func.attr in _IN_PLACE)): return None
+            node = node.func
+        node = node.value
+
+
+def _methods(kind):
+    "Name -> syntax tree of the methods of a module's class, as far as its source is there."
+    found = {}
+    for base in reversed(kind.__mro__[:kind.__mro__.index(nn.Module)]):
+        try: tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError): continue
+        found |= {node.name: node for node in tree.body[0].body if isinstance(node, ast.FunctionDef)}
+    return found
+
+
+def _written(part):
+    "The buffers of a module that its forward pass writes, as far as its source tells."
+    buffers = {name for name, _ in part.named_buffers(recurse=False)}
+    methods, ahead, written = _methods(type(part)) if buffers else {}, ["forward"], set()
+    while ahead:
+        for node in ast.walk(methods.pop(ahead.pop(), ast.Pass())):
+            targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else getattr(node, "targets", [])
+            for target in targets: written |= {_own_tensor(inner) for inner in getattr(target, "elts", [target])}
+            if not isinstance(node, ast.Call): continue
+            written |= {_own_tensor(word.value) for word in node.keywords if word.arg == "out"}
+            if isinstance(node.func, ast.Attribute):
+                if node.func.attr.endswith("_"): written.add(_own_tensor(node.func.value))
+                ahead.append(node.func.attr)  # perhaps another method of this module
+    return sorted(buffers & written)
+
+# %% ../../nbs/core/23_privacy.ipynb #9bcac9cc
+def _changed_by_a_pass(model, loss, batch):
+    "Names of buffers and parameters that a pass in training changes; the model itself is left alone."
+    trial = copy.deepcopy(model).train()
+    tensors = lambda: {**dict(trial.named_parameters()), **dict(trial.named_buffers())}
+    before = {name: value.detach().clone() for name, value in tensors().items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]): loss(trial, batch)
+    after = tensors()
+    same = lambda a, b: a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())  # NaN is NaN, as before
+    return sorted(name for name in before.keys() | after.keys()
+                  if name not in before or name not in after or not same(before[name], after[name]))
+
+
 def check_private(
-    model: nn.Module,  # to be trained privately
-) -> nn.Module:        # the model, unchanged
+    model: nn.Module,            # to be trained privately
+    loss: Callable | None=None,  # (model, batch) -> one value an example (B,): with it, a pass is tried
+    batch: dict | None=None,     # made-up examples for that pass, name -> tensor (B, ...)
+) -> nn.Module:                  # the model, unchanged
     "Require a model that treats each example by itself and stores nothing (`ValueError` lists what does not)."
     kinds = nn.modules.batchnorm
     def reason(part):
         if isinstance(part, kinds._BatchNorm): return "mixes the examples of a batch"
         if isinstance(part, kinds._NormBase) and part.track_running_stats: return "keeps statistics of the data"
+        if any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values()):
+            return "changes buffers of its spectral norm in each pass"
+        if buffers := _written(part): return f"changes {', '.join(buffers)} in its forward pass"
         rates = (part.p if isinstance(part, nn.modules.dropout._DropoutNd) else 0, getattr(part, "dropout", 0),
                  getattr(getattr(part, "config", None), "dropout", 0))  # where it is no module, but a number
         rate = max(rate for rate in rates if isinstance(rate, (int, float)))
         return f"has dropout {rate}" if rate > 0 else None
     found = [f"{name or 'the model'} ({type(part).__name__}) {reason(part)}"
              for name, part in model.named_modules() if reason(part)]
-    if found: raise ValueError(f"model: expected parts that keep examples apart; {'; '.join(found)}")
+    if not found and loss is not None:
+        for name in _changed_by_a_pass(model, loss, batch):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            found.append(f"{name.rpartition('.')[0] or 'the model'} ({type(owner).__name__}) changes {name} in a pass")
+    if found: raise ValueError(f"model: expected parts that keep examples apart and store nothing; {'; '.join(found)}")
     return model
 
 # %% ../../nbs/core/23_privacy.ipynb #77c73d11
@@ -373,6 +558,18 @@ def _trained(model):
     return trained
 
 
+@contextmanager
+def _untouched(model):
+    "Require that a pass leaves the model as it is (`ValueError`). It costs no more than a look at each tensor's version."
+    tensors = lambda: {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: (value, value._version) for name, value in tensors().items()}
+    yield
+    after = tensors()
+    changed = sorted(name for name in before.keys() | after.keys() if name not in before or name not in after
+                     or after[name] is not before[name][0] or after[name]._version != before[name][1])
+    if changed: raise ValueError(f"model: expected a pass that stores nothing, but it changed {', '.join(changed[:5])}")
+
+
 def per_example_gradients(
     model: nn.Module,       # with parameters to be trained; the others are left alone
     loss: Callable,         # (model, batch) -> one value an example (B,); it draws no random numbers
@@ -387,7 +584,7 @@ def per_example_gradients(
         inputs = {name: value[None] for name, value in example.items()}
         named = {f"model.{name}": value for name, value in parameters.items()}
         return _check_losses(torch.func.functional_call(losses, named, (inputs,)), 1)[0]
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kinds of attention cannot be mapped
+    with sdpa_kernel(SDPBackend.MATH), _untouched(model):  # the fused kinds of attention cannot be mapped
         return torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0), chunk_size=chunk)(trained, batch)
 
 # %% ../../nbs/core/23_privacy.ipynb #aa57dc4d
@@ -415,7 +612,7 @@ def _visit(model, layers, loss, batch, count, visit):
         return on_call
     handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _untouched(model):
             named = {f"model.{name}": value for name, value in trained.items()}
             total = _check_losses(torch.func.functional_call(losses, named, (batch,)), count).sum()
     finally:
@@ -486,9 +683,9 @@ def clip_factors(
     norms: torch.Tensor,  # of the examples' gradients (B,), perhaps not finite
     clip: float,          # C, the largest norm that an example may contribute, above 0
 ) -> torch.Tensor:        # what each gradient is multiplied by (B,), in [0, 1]
-    "min(1, C / norm), and 0 for a gradient that is not finite."
+    "min(1, C / norm), and 0 for a gradient that is not finite, or a norm that is none."
     _check_clip(clip)
-    return torch.where(norms.isfinite(), (clip / (norms + 1e-6)).clamp(max=1), 0.0)
+    return torch.where(norms.isfinite() & (norms >= 0), (clip / (norms + 1e-6)).clamp(max=1), 0.0)
 
 
 def _pieces(batch, chunk):
@@ -582,8 +779,8 @@ def noisy_mean(
     generator: torch.Generator,  # secret, for private data
 ) -> dict:                       # name -> what may leave, the same shapes
     "The sum with noise, divided by the expected size of a batch."
-    _check_clip(clip); check_range(noise_multiplier, "noise_multiplier", 0.0)
-    if not expected_batch > 0: raise ValueError(f"expected_batch: expected a number above 0, got {expected_batch}")
+    _check_clip(clip); _check_noise(noise_multiplier)
+    if not 0 < expected_batch < math.inf: raise ValueError(f"expected_batch: expected a finite number above 0, got {expected_batch}")
     def release(value):
         # float64 in any case: of 24 random bits, the tails would end at 5.8 standard deviations
         z = torch.randn(value.shape, generator=generator, device=generator.device, dtype=torch.float64)
