@@ -10,7 +10,7 @@ import io
 import math
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -68,16 +68,24 @@ def _resolution(file, sideways):
     return (down, across) if sideways else (across, down)
 
 
-def _upright(file, called):
-    "A copy the way up that is meant, and whether the sides changed places."
-    try:
-        orientation = file.getexif().get(0x0112, 1)
-        file.load()
-        return require("PIL.ImageOps", "data").exif_transpose(file), orientation in (5, 6, 7, 8)
-    except OSError: raise  # the pixels are damaged, not the note
-    except Exception as error:
+def _orientation(file, called):
+    "The note about how the camera was held, 1 to 8; 1 is upright."
+    try: return file.getexif().get(0x0112, 1)
+    except Exception as error:  # Pillow raises several kinds for damaged notes
         warnings.warn(f"{called}: its orientation cannot be read ({error}); it is taken as it lies")
-        return file.copy(), False
+        return 1
+
+
+_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def _upright(file, called):
+    "The pixels the way up that is meant, and whether the sides changed places."
+    noted = _orientation(file, called)
+    file.load()  # for a TIFF, Pillow turns it here, and forgets the note
+    left, image = noted if noted == 1 else _orientation(file, called), require("PIL.Image", "data")
+    turned = file.transpose(image.Transpose[_TURNS[left]]) if left in _TURNS else file
+    return turned, noted in (5, 6, 7, 8)
 
 
 def _decoded(picture, name, max_pixels):
@@ -90,15 +98,13 @@ def _decoded(picture, name, max_pixels):
     called = str(picture) if isinstance(picture, (str, Path)) else "what came"
     try:
         with _pillow_limit(None): file = image.open(picture) if ours else picture
-        try:
+        with file if ours else nullcontext():  # closes the file and keeps the pixels
             across, down = file.size
             if across * down > max_pixels: raise MemoryError
             if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
             with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
             return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy)
-        finally:
-            if ours: file.close()
     except ImportError: raise
     except FileNotFoundError as error: raise FileNotFoundError(f"{name}: there is no {called}") from error
     except MemoryError:
@@ -147,7 +153,7 @@ def _in_srgb(image, profile, called):
         except ImportError: raise
         except Exception as error:  # ImageCms raises several kinds for damaged profiles
             warnings.warn(f"{called}: its colour profile cannot be used ({error}); its colours are taken as sRGB")
-    return image if image.mode == "L" else image.convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 # %% ../../nbs/core/29_pictures.ipynb #12ff3615
 def fill_hidden(
@@ -178,17 +184,22 @@ def _split(image):
 
 # %% ../../nbs/core/29_pictures.ipynb #1c7eee42
 def _levels(decoded):
-    "Levels from 0 to 255 (H, W, C), bytes or, where a file is finer, float32; the opacity (H, W), or None."
+    "Levels from 0 to 255: an image of the mode L or RGB or, where a file is finer, float32 (H, W); the opacity (H, W), or None."
     image, profile = decoded.image, decoded.image.info.get("icc_profile")
     if image.mode[0] in "IF":
         fine, (_, alpha) = _deep_levels(decoded), _split(image)
         ramp = require("PIL.Image", "data").fromarray(np.arange(256, dtype=np.uint8)[None])
         curve = np.asarray(_in_srgb(ramp, profile, decoded.called).convert("L"))[0]  # what a profile makes of grey
-        return (np.interp(fine, np.arange(256), curve) if profile else fine)[..., None].astype(np.float32), alpha
+        return (np.interp(fine, np.arange(256), curve) if profile else fine).astype(np.float32), alpha
     image, alpha = _split(image)
-    image = image.convert("L") if image.mode == "1" else image if image.mode in ("L", "CMYK", "LAB") else image.convert("RGB")
-    levels = np.array(_in_srgb(image, profile, decoded.called))
-    return (levels if levels.ndim == 3 else levels[..., None]), alpha
+    if image.mode not in ("L", "RGB", "CMYK", "LAB"): image = image.convert("L" if image.mode == "1" else "RGB")
+    return _in_srgb(image, profile, decoded.called), alpha
+
+
+def _array(levels):
+    "Levels as an array (H, W, C); grey has one channel."
+    values = np.array(levels)
+    return values if values.ndim == 3 else values[..., None]
 
 
 class Picture(NamedTuple):
@@ -208,7 +219,7 @@ def read_picture(
     decoded = _decoded(picture, name, max_pixels)
     try: levels, alpha = _levels(decoded)
     except ValueError as error: raise ValueError(f"{name}: {decoded.called} cannot be read as a picture ({error})") from error
-    colour = torch.from_numpy(levels).permute(2, 0, 1).expand(3, -1, -1) / 127.5 - 1
+    colour = torch.from_numpy(_array(levels)).permute(2, 0, 1).expand(3, -1, -1) / 127.5 - 1
     if alpha is None: return Picture(colour, None, decoded.dpi)
     alpha = torch.from_numpy(alpha)[None]
     return Picture(fill_hidden(colour, alpha), alpha, decoded.dpi)
@@ -238,17 +249,16 @@ def to_square(
     except ValueError as error: raise ValueError(f"{name}: {decoded.called} cannot be read as a picture ({error})") from error
     if alpha is not None:
         behind = np.asarray(background, dtype=np.float32)
-        levels = behind + alpha[..., None] * (levels - behind)
+        levels = behind + alpha[..., None] * (_array(levels) - behind)
     return torch.from_numpy(_scaled(levels, size)).permute(2, 0, 1).expand(3, -1, -1) / 127.5 - 1
 
 
 def _scaled(levels, size):
-    "The middle square of levels (H, W, C) at another size (size, size, C): bicubic, with antialiasing."
+    "The middle square of levels at another size, an array (size, size, C): bicubic, with antialiasing."
     image, fit = require("PIL.Image", "data"), require("PIL.ImageOps", "data").fit
-    if levels.dtype == np.uint8 and levels.shape[2] == 3: return np.array(fit(image.fromarray(levels), (size, size)))
-    if levels.dtype == np.uint8: return np.array(fit(image.fromarray(levels[..., 0]), (size, size)))[..., None]
-    channels = [np.asarray(fit(image.fromarray(channel), (size, size))) for channel in np.moveaxis(levels, 2, 0).copy()]
-    return np.stack(channels, axis=2).clip(0, 255)
+    if isinstance(levels, image.Image): return _array(fit(levels, (size, size)))
+    channels = np.moveaxis(_array(levels), 2, 0).copy()  # Pillow scales floating-point numbers one channel at a time
+    return np.stack([np.asarray(fit(image.fromarray(channel), (size, size))) for channel in channels], axis=2).clip(0, 255)
 
 # %% ../../nbs/core/29_pictures.ipynb #2219cdad
 def write_picture(
@@ -309,6 +319,7 @@ def _hole(decoded):
     decoded = decoded._replace(image=image.copy())
     decoded.image.info.pop("icc_profile", None)  # which red it is does not matter here
     levels, alpha = _levels(decoded)
+    levels = _array(levels)
     if alpha is not None and not (painted := alpha > alpha.max() / 2).all(): return _hole_by_opacity(levels, alpha, painted)
     if labels is not None and len(found := np.unique(labels)) == 2:
         colours = np.stack([levels[labels == label][0] for label in found]).astype(int)
