@@ -439,7 +439,8 @@ def make_trajectories(
         denoise = functools.partial(clipped(teacher, config.clip), **cond)
         return {"states": trajectory(denoise, x_T, teacher.process, times, config.kept, config.solver), **cond}
     fields = ("teacher", "two_answers", "clip", "solver", "solver_steps", "exponent", "end", "kept", "unlabelled", "seed")
-    about = {"diffusion": config.diffusion.to_dict(), **{name: getattr(config, name) for name in fields}}
+    of_teacher = {name: value for name, value in config.diffusion.to_dict().items() if name != "max_pixels"}  # decides about no number
+    about = {"diffusion": of_teacher, **{name: getattr(config, name) for name in fields}}
     return generate(draw, config.trajectories, folder, size=size, about=about, device=device)
 
 # %% ../nbs/papers/02_dfno.ipynb #9d1283f7

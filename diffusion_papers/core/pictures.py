@@ -64,13 +64,14 @@ def _resolution(file, sideways):
     "Pixels an inch, across and down; None where a file says nothing sensible."
     try: across, down = map(float, file.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError): return None
-    if not (0 < across < math.inf and 0 < down < math.inf): return None
+    if not (1 < across < math.inf and 1 < down < math.inf): return None  # 1 is what stands where nobody said anything
     return (down, across) if sideways else (across, down)
 
 
 def _orientation(file, called):
     "The note about how the camera was held, 1 to 8; 1 is upright."
     try: return file.getexif().get(0x0112, 1)
+    except OSError: raise  # it is the pixels that are damaged
     except Exception as error:  # Pillow raises several kinds for damaged notes
         warnings.warn(f"{called}: its orientation cannot be read ({error}); it is taken as it lies")
         return 1
