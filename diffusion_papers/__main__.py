@@ -129,7 +129,12 @@ def do_restore(args):
     "Restore a picture of yours."
     module = paper(args.paper)
     model = module.load_model(args.model, args.device) if args.model else None
-    image = module.restore(args.picture, args.task, args.mask, model=model, output=args.output, **converted(module.restore, args.set))
+    options = converted(module.restore, args.set)
+    if args.mask:
+        from diffusion_papers.core.pictures import read_mask
+        hole = read_mask(args.mask, **{name: options[name] for name in ("max_pixels",) if name in options})
+        print(f"{args.mask}: {int(hole.sum())} of {hole.numel()} pixels are taken for the hole")
+    image = module.restore(args.picture, args.task, args.mask, model=model, output=args.output, **options)
     print(f"{args.output}: {image.shape[2]} x {image.shape[1]} pixels")
 
 # %% ../nbs/command_line.ipynb #e90aa0de

@@ -36,13 +36,14 @@ from .core.checkpoints import (CheckpointError, digest, load_checkpoint, load_co
                                                load_into, pretrained_path, save_checkpoint)
 from .core.checks import check_choice, check_device, check_images, check_range, require
 from .core.configs import Config
-from .core.data import ImageFolder, TensorSet, cifar_images, digits, idx_images
+from .core.data import ImageFolder, TensorSet, check_data_labels, check_labels, cifar_folder, digits, idx_images
 from .core.denoisers import guided, per_sample
 from .core.diffusion import short_training
 from .core.generation import Generated, generate
 from .core.metrics import frechet_features, frechet_pixels, to_bytes
-from .core.networks import (UNet, UNetConfig, authors_keys, authors_tensors, check_classes, sinusoids,
+from .core.networks import (UNet, UNetConfig, authors_keys, authors_tensors, sinusoids,
                                             unet_config)
+from .core.pictures import MAX_PIXELS
 from .core.privacy import (Ledger, Mechanism, check_private, clipped_sum, ghost_clipped_sum,
                                            gradients_by_layer, noise_multiplier_for, noisy_mean, poisson_batch,
                                            public_generator, secret_generator)
@@ -229,6 +230,7 @@ class DpdmConfig(Config):
     "A private diffusion model: what it learns, at which price, by which network."
     data: str = "digits"        # "digits", "glyphs" (drawn, 8x8), "shapes" (drawn scenes), "idx", "cifar", or "images"
     data_path: str = ""         # where a user's data lie
+    max_pixels: int = MAX_PIXELS # above which a picture of a user's folder is refused
     kind: str = "edm"           # one of PARAMETERISATIONS
     draws: int = 8              # K, noise multiplicity: draws of noise level and noise for each picture
     epsilon: float = 10.0       # budget of the whole run; 0 is no privacy at all: no noise and no clipping
@@ -249,7 +251,7 @@ class DpdmConfig(Config):
     evaluated: int = 4000       # samples on which a trained model is measured
     training: TrainingConfig = TrainingConfig(steps=500, batch_size=719, lr=3e-3, clip=0.3, ema=0.98,
                                               checkpoint_every=50)
-    FREE = ("evaluated",)
+    FREE = ("evaluated", "max_pixels")
 
     def free(self) -> set[str]:
         "The number of steps is never free: noise and ledger were planned for it."
@@ -428,8 +430,8 @@ def load_data(
     if config.data == "shapes": return Scenes(config.shape)
     if not config.data_path: raise ValueError("data_path: the pictures are yours to bring; say where they lie")
     folder = Path(config.data_path)
-    if config.data == "cifar": return cifar_images(sorted(folder.glob("data_batch_*.bin")))
-    if config.data == "images": return ImageFolder(folder, config.shape[-1])
+    if config.data == "cifar": return cifar_folder(folder)
+    if config.data == "images": return ImageFolder(folder, config.shape[-1], max_pixels=config.max_pixels)
     found = [next(iter(sorted(folder.glob(f"train-{what}*"))), None) for what in ("images", "labels")]
     if None in found: raise ValueError(f"data_path: expected train-images... and train-labels... in {folder}")
     return idx_images(*found)
@@ -462,7 +464,7 @@ def fetch(
         raise ValueError(f"x0: expected pictures of shape {config.shape}, got {tuple(batch['x0'].shape[1:])}")
     if config.classes:
         if "class_label" not in batch: raise ValueError("class_label: this network has classes, the data have none")
-        check_classes(batch["class_label"], batch["class_label"], config.classes)
+        check_labels(batch["class_label"], config.classes, chosen)
     return {name: batch[name] for name in ("x0", "class_label") if name in batch}
 
 
@@ -558,7 +560,7 @@ def train(
     "Train under differential privacy; a run that was killed can be resumed, and never spends more than it says."
     if folder is None and not config.public:
         raise ValueError("folder: a private run needs one, because its ledger must outlive it")
-    ours, data = processes(device), load_data(config) if data is None else data
+    ours, data = processes(device), check_data_labels(load_data(config) if data is None else data, config.classes)
     mechanism, settings = config.mechanism(len(data)), config.training
     folder = Path(tempfile.mkdtemp() if folder is None else folder)
     model = build(config).to(ours.device).train()
@@ -691,7 +693,7 @@ def sample_images(
     if guidance and not classes: raise ValueError("guidance: expected 0 for a model without classes")
     if classes:
         if class_label is None: raise ValueError(f"class_label: expected one class an image, 0 to {classes - 1}")
-        check_classes(class_label, class_label, classes)
+        check_labels(class_label, classes)
     with_class = lambda x, sigma: model(x, sigma, class_label)
     denoise = guided(with_class, model, guidance)
     grid = torch.cat([karras_grid(steps - 1, sigma_max, sigma_min, rho), torch.zeros(1, dtype=torch.float64)])

@@ -10,17 +10,18 @@ __all__ = ['NINE', 'OTHERS', 'TASKS', 'METHODS', 'ADM256', 'PHOTOGRAPH_FILM', 'P
            'FilmConfig', 'FilmBlock', 'FilmNet', 'I2sbConfig', 'I2sb', 'build', 'at_size', 'bridge_loss', 'noise_loss',
            'OtherLight', 'load_data', 'test_data', 'train', 'check_mask', 'fill_holes', 'estimator', 'restore_images',
            'DigitJudge', 'psnr', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step', 'sample',
-           'room', 'squares', 'stretches', 'blended', 'read_picture', 'read_mask', 'write_picture', 'shipped',
-           'check_picture', 'noise_of_place', 'restore_piece', 'restore', 'study_digits', 'library_restored',
-           'patch_projections', 'sliced_distance', 'photograph_measures', 'tuned', 'study_photographs', 'study_noise',
-           'desk', 'load_authors_checkpoint', 'from_adm', 'listed', 'restore_data', 'quality', 'demonstrate',
-           'benchmark']
+           'room', 'squares', 'stretches', 'blended', 'opacity_for', 'shipped', 'check_picture', 'noise_of_place',
+           'restore_piece', 'restore', 'study_digits', 'library_restored', 'patch_projections', 'sliced_distance',
+           'photograph_measures', 'tuned', 'study_photographs', 'study_noise', 'desk', 'load_authors_checkpoint',
+           'from_adm', 'listed', 'restore_data', 'quality', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/03_i2sb.ipynb #066aae2c
 import functools
 import io
 import itertools
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -35,7 +36,7 @@ from torch.utils.data import Dataset, Subset
 
 from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into, plain_names,
                                                pretrained_path, save_configured)
-from .core.checks import check_choice, check_device, check_images, check_range, check_tensor, require
+from .core.checks import came, check_choice, check_device, check_images, check_range, check_tensor, require
 from .core.configs import Config
 from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
                                                reduced_and_repeated)
@@ -43,10 +44,11 @@ from .core.data import ImageFolder, Mirrored, PhotographCrops, digits, photograp
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import short_training
 from .core.evidence import file_digest
-from .core.files import whole_file
+from .core.files import check_output
 from .core.generation import Generated, generate, generated_moments
 from .core.metrics import Moments, frechet, to_bytes
 from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, sinusoids, unet_config
+from .core.pictures import MAX_PIXELS, Picture, read_mask, read_picture, write_picture
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
 from .core.shapes_world import ShapesWorld
@@ -369,6 +371,7 @@ class I2sbConfig(Config):
     "A restoration model: what is undone, how, by which network, and how it is trained."
     data: str = "digits"          # "digits", drawn "shapes", crops of "photographs", or "images": a folder of yours
     data_path: str = ""           # the folder
+    max_pixels: int = MAX_PIXELS  # above which a picture of the folder is refused
     task: str = "inpaint-center"  # one of TASKS, several joined by "+", or "mixture"
     method: str = "bridge"        # one of METHODS
     interval: int = 1000          # N, number of times, even
@@ -384,7 +387,7 @@ class I2sbConfig(Config):
     seed: int = 0                 # of initial weights and training
     evaluated: int = 359          # images on which a trained model is measured
     training: TrainingConfig = TrainingConfig(steps=1000, batch_size=64, lr=2e-3, decay="cosine", ema=0.99)
-    FREE = ("evaluated",)
+    FREE = ("evaluated", "max_pixels")
 
     def __post_init__(self):
         choices = {"data": ("digits", "shapes", "photographs", "images"), "method": METHODS,
@@ -545,7 +548,7 @@ def load_data(
     if config.data == "shapes": return ShapesWorld(size=config.shape[-1])
     if config.data == "photographs": return OtherLight(PhotographCrops(photographs("train"), config.shape[-1]))
     if not config.data_path: raise ValueError("data_path: the images are yours to bring; say in which folder they lie")
-    return Mirrored(ImageFolder(config.data_path, config.shape[-1]))
+    return Mirrored(ImageFolder(config.data_path, config.shape[-1], max_pixels=config.max_pixels))
 
 
 def test_data(
@@ -577,7 +580,8 @@ def check_mask(
     mask: torch.Tensor,  # what came
     images: torch.Tensor,# (B, C, H, W)
 ) -> torch.Tensor:       # the mask, unchanged
-    "Require a mask of zeros and ones that fits images (`ValueError`)."
+    "Require a mask of zeros and ones that fits images (`ValueError`, `TypeError`)."
+    if not isinstance(mask, torch.Tensor): raise TypeError(f"mask: expected a tensor of zeros and ones, got {came(mask)}")
     shape = tuple(mask.shape)
     if mask.ndim != 4 or shape[0] not in (1, len(images)) or shape[1] != 1 or shape[2:] != images.shape[2:]:
         raise ValueError(f"mask: expected shape ({len(images)} or 1, 1, {images.shape[2]}, {images.shape[3]}), "
@@ -618,6 +622,7 @@ def restore_images(
     config, generator = model.config, torch.Generator().manual_seed(seed)
     if check_tensor(x1, "x1", ndim=4).shape[1] != model.shape[0]:
         raise ValueError(f"x1: expected {model.shape[0]} channels, got shape {tuple(x1.shape)}")
+    if not x1.numel(): raise ValueError(f"x1: expected at least one image, got shape {tuple(x1.shape)}")
     if x1.abs().max() > 8:
         raise ValueError(f"x1: expected values about [-1, 1], got {x1.abs().max():.4g}; "
                          "8-bit pixels become x / 127.5 - 1")
@@ -741,9 +746,10 @@ def sample(
     calls: int=10,           # of the network
     seed: int=0,             # of the damage and of the noise
     data_path: str="",       # a folder of clean images, instead of `test_data`
+    max_pixels: int=MAX_PIXELS, # above which a picture of the folder is refused
 ) -> torch.Tensor:           # damaged, restored, clean (3 count, C, H, W), in [-1, 1]
     "Damage images and restore them."
-    data = ImageFolder(data_path, model.shape[-1]) if data_path else test_data(model.config)
+    data = ImageFolder(data_path, model.shape[-1], max_pixels=max_pixels) if data_path else test_data(model.config)
     x0 = torch.stack([data[index]["x0"] for index in range(min(check_range(count, "count", 1), len(data)))])
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
     return torch.cat([x1, restore_images(model, x1, mask, calls=calls, seed=seed).cpu(), x0]).clamp(-1, 1)
@@ -814,41 +820,13 @@ def blended(
     return whole
 
 # %% ../nbs/papers/03_i2sb.ipynb #d8054212
-def read_picture(
-    picture,            # a path, a Pillow image, or a tensor (3, H, W) in [-1, 1]
-    name: str="picture",# of the argument
-) -> torch.Tensor:      # (1, 3, H, W) in [-1, 1]
-    "A reader's picture, the way up that it is meant (`ValueError` where it is none, `FileNotFoundError`)."
-    if isinstance(picture, torch.Tensor): return check_images(picture[None] if picture.ndim == 3 else picture, name)
-    image, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
-    try:
-        opened = picture if isinstance(picture, image.Image) else image.open(picture)
-        if opened.mode[0] in "IF":
-            raise ValueError(f"pixels of the kind {opened.mode}, where 8 bits a channel are expected")
-        pixels = torch.from_numpy(np.array(ops.exif_transpose(opened).convert("RGB")))
-    except FileNotFoundError: raise
-    except Exception as error: raise ValueError(f"{name}: {picture} cannot be read as a picture ({error})") from error
-    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def read_mask(
-    mask,                  # a path, a Pillow image, or a tensor (H, W) of zeros and ones; white, or 1, is a hole
-    images: torch.Tensor,  # that it belongs to (1, C, H, W)
-) -> torch.Tensor:         # 1 in holes (1, 1, H, W)
-    "A reader's mask (`ValueError` where it does not fit)."
-    if isinstance(mask, torch.Tensor): return check_mask(mask.reshape(1, 1, *mask.shape[-2:]), images).to(images)
-    return check_mask((read_picture(mask, "mask").mean(1, keepdim=True) > 0).to(images), images)
-
-
-def write_picture(
-    path: Path | str,      # ending in .png
-    image: torch.Tensor,   # (3, H, W) in [-1, 1]
-):
-    "Write a PNG file, or nothing at all."
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"output: expected a name ending in .png, got {Path(path).name}")
-    pixels = to_bytes(image[None].cpu(), nearest=True)[0].permute(1, 2, 0).numpy()
-    with whole_file(Path(path)) as unfinished: require("PIL.Image", "data").fromarray(pixels).save(unfinished, "png")
+def opacity_for(
+    picture: Picture,  # that was restored
+    enlarge: int,      # how many times larger the result is
+) -> torch.Tensor | None:  # (1, enlarge H, enlarge W) in [0, 1]
+    "The opacity of a restored picture: what came, at the size of the result."
+    if picture.alpha is None or enlarge == 1: return picture.alpha
+    return F.interpolate(picture.alpha[None], scale_factor=enlarge, mode="bilinear")[0]
 
 # %% ../nbs/papers/03_i2sb.ipynb #a9af0c68
 SHIPPED = ("jpeg", "sr4x", "blur", "inpaint")  # the tasks whose models for photographs ship, as i2sb_TASK
@@ -872,8 +850,9 @@ def check_picture(
      "warn where it learned another.")
     if model.config.method != "bridge":
         raise ValueError(f"model: expected a bridge, got the method {model.config.method!r}")
+    if model.shape[0] != 3: raise ValueError(f"model: expected one for colour pictures, 3 channels, got {model.shape[0]}")
     has_holes = TASKS[check_choice(task, "task", TASKS)].corrupt is None
-    if has_holes and mask is None: raise ValueError(f"mask: the task {task!r} needs one; white, or 1, is a hole")
+    if has_holes and mask is None: raise ValueError(f"mask: the task {task!r} needs one; white, or paint, is a hole")
     if not has_holes and mask is not None: raise ValueError(f"mask: the task {task!r} takes none")
     if task not in task_names(model.config.task):
         warnings.warn(f"task: this model learned {model.config.task}, not {task}")
@@ -920,7 +899,7 @@ def restore_piece(
 def restore(
     picture,                       # degraded: a path, a Pillow image, or a tensor (3, H, W) in [-1, 1]
     task: str,                     # what is to be undone, one of TASKS, for instance "jpeg"
-    mask=None,                     # for holes: a path, a Pillow image, or a tensor (H, W); white, or 1, is a hole
+    mask=None,                     # for holes: a path, a Pillow image, or a tensor (H, W) of zeros and ones; white, paint, or 1 is a hole
     *,
     model: I2sb | None=None,       # None is the one for photographs that ships
     device: str | None=None,       # "cpu" or "cuda"; None is where the model is
@@ -930,20 +909,23 @@ def restore(
     overlap: int=16,               # of neighbours, pixels, a multiple of 16
     batch_size: int=16,            # squares at once
     piece: int=1024,               # longest side that is restored in one go, pixels; memory grows with its square
+    max_pixels: int=MAX_PIXELS,    # above which a picture or a mask is refused
     progress: bool=True,           # whether a bar is shown
-    output: Path | str | None=None,# a PNG file to write, too
+    output: Path | str | None=None,# a PNG file to write, too, with the opacity and the resolution that came
 ) -> torch.Tensor:                 # restored (3, H, W) in [-1, 1]; enlarged where the task says so
     "Restore a picture of any size: piece by piece, and in a piece square by square."
     check_choice(task, "task", TASKS)
+    if output is not None: check_output(output, "output", (".png",))
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     check_picture(model, task, mask)
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % 16: raise ValueError(f"{name}: expected a multiple of 16, got {value}")
     check_range(overlap, "overlap", 0, tile - 16); check_range(piece, "piece", 1); check_range(batch_size, "batch_size", 1)
-    model, x1 = at_size(model, tile), read_picture(picture)
+    model, given = at_size(model, tile), read_picture(picture, max_pixels=max_pixels)
+    x1 = given.colour[None]
     if TASKS[task].enlarge > 1: x1 = F.interpolate(x1, scale_factor=TASKS[task].enlarge, mode="nearest")
-    if mask is not None: mask = read_mask(mask, x1)
+    if mask is not None: mask = read_mask(mask, x1.shape[2:], max_pixels=max_pixels)
     height, width = x1.shape[2:]
     rows, columns = (stretches(room(side, tile, overlap), tile, overlap, piece) for side in (height, width))
     places, restored = list(itertools.product(rows, columns)), torch.zeros_like(x1)
@@ -959,7 +941,7 @@ def restore(
             part += (down[:, None] * across * found.cpu())[:, :, :part.shape[2], :part.shape[3]]
     if mask is not None: restored = torch.where(mask > 0, restored, x1)  # weights sum to 1 but for rounding
     restored = restored[0].clamp_(-1, 1)
-    if output is not None: write_picture(output, restored)
+    if output is not None: write_picture(output, Picture(restored, opacity_for(given, TASKS[task].enlarge), given.dpi))
     return restored
 
 # %% ../nbs/papers/03_i2sb.ipynb #ac02b39f
@@ -1146,14 +1128,14 @@ PROBES = {"digits": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for va
 # %% ../nbs/papers/03_i2sb.ipynb #7a6aee8c
 def desk():  # an ipywidgets box
     "A form that restores a picture of yours, for a live kernel."
-    widgets, display = require("ipywidgets", "plots"), require("IPython.display", "plots").display
-    image = require("PIL.Image", "data")
+    widgets, notebook = require("ipywidgets", "plots"), require("IPython.display", "plots")
+    display, show = notebook.display, notebook.Image
     picture, mask = (widgets.FileUpload(accept="image/*", description=name) for name in ("picture", "mask"))
     task = widgets.Dropdown(options=SHIPPED, description="to undo")
     calls, button = widgets.IntSlider(10, 1, 50, description="calls"), widgets.Button(description="restore")
     shown = widgets.Output()
 
-    def opened(upload): return image.open(io.BytesIO(upload.value[0]["content"])) if upload.value else None
+    def opened(upload): return io.BytesIO(upload.value[0]["content"]) if upload.value else None
 
     def act(_):
         shown.clear_output()
@@ -1161,10 +1143,11 @@ def desk():  # an ipywidgets box
         with shown:
             try:
                 if not picture.value: raise ValueError("picture: choose one first")
-                restored = restore(opened(picture), task.value, opened(mask) if task.value == "inpaint" else None,
-                                   calls=calls.value)
-                display(image.fromarray(to_bytes(restored[None], nearest=True)[0].permute(1, 2, 0).numpy()))
-            except ValueError as error: print(error)
+                with tempfile.TemporaryDirectory() as folder:  # what is shown is what would be written: opacity and all
+                    restore(opened(picture), task.value, opened(mask) if task.value == "inpaint" else None, calls=calls.value,
+                            output=Path(folder, "restored.png"))
+                    display(show(data=Path(folder, "restored.png").read_bytes()))
+            except (ValueError, OSError) as error: print(error)
         button.disabled = False
 
     button.on_click(act)
@@ -1210,13 +1193,15 @@ def listed(
     data: ImageFolder,  # pictures
     path: Path | str,   # a text file that names some of them, one a line; folders before a name do not matter
 ):                      # data set of these alone, in the order of the list
-    "The pictures that a list names (`ValueError` for one that is not there)."
-    number = {place.name: index for index, place in enumerate(data.paths)}
+    "The pictures that a list names (`ValueError` for one that is not there, or that could be several)."
+    number, times = {place.name: index for index, place in enumerate(data.paths)}, Counter(place.name for place in data.paths)
     names = [line.split()[0].rsplit("/", 1)[-1]
              for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if absent := [name for name in names if name not in number]:
         raise ValueError(f"path: {Path(path).name} names {len(absent)} pictures that are not there, "
                          f"the first is {absent[0]}")
+    if unclear := [name for name in names if times[name] > 1]:
+        raise ValueError(f"path: {Path(path).name} names {unclear[0]}, and {times[unclear[0]]} folders have a picture of that name")
     return Subset(data, [number[name] for name in names])
 
 

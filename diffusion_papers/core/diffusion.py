@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from .checkpoints import CheckpointError, load_checkpoint, load_into, pretrained_path
 from .checks import check_choice, check_range
 from .configs import Config
-from .data import ImageFolder, Mirrored, cifar_images, digits
+from .data import ImageFolder, Mirrored, check_data_labels, check_labels, cifar_folder, digits
 from .denoisers import LABELS, PREDICTIONS, Denoiser, denoising_loss, per_sample
 from .metrics import moments_of
 from .networks import FAMILIES, MLPConfig, ResidualMLP, UNet, UNetConfig, unet_config
+from .pictures import MAX_PIXELS
 from .processes import BoundedCosineVP, CosineVP, LinearVP, NoiseProcess
 from .shapes_world import ShapesWorld, load_judge
 from .training import TrainingConfig, fit
@@ -38,6 +39,7 @@ class DiffusionConfig(Config):
     "A diffusion model: its data, its network, what it predicts, and how it is trained."
     data: str = "digits"          # "digits", "shapes", or what a user brings: "cifar10" (binary batches), "images" (a folder)
     data_path: str = ""           # the folder in which a user's data lie
+    max_pixels: int = MAX_PIXELS  # above which a picture of a user's folder is refused
     mirrored: bool = False        # whether every image is there a second time, mirrored
     process: str = "linear"       # variance-preserving noise process: "linear", "cosine" or "bounded_cosine"
     family: str = "mlp"           # of the network: "mlp", or a family of U-Nets
@@ -50,6 +52,7 @@ class DiffusionConfig(Config):
     label_dropout: float = 0.3    # share of the training samples that are shown without their class, for guidance
     seed: int = 0                 # of initial weights and training
     training: TrainingConfig = TrainingConfig(steps=3000, batch_size=128, lr=7e-4, decay="cosine")  # how it is trained
+    FREE = ("max_pixels",)
 
     def __post_init__(self):
         choices = {"data": DATA, "process": PROCESSES, "family": ("mlp", *FAMILIES), "prediction": PREDICTIONS, "label": LABELS}
@@ -97,11 +100,9 @@ def load_data(
     size = config.unet.image_size
     if config.data == "shapes": return ShapesWorld(size=size)
     if not config.data_path: raise ValueError(f"data_path: the data set {config.data!r} is yours to bring; say in which folder it lies")
-    if config.data == "images": data = ImageFolder(config.data_path, size)
-    else:
-        batches = sorted(Path(config.data_path).glob("data_batch_*.bin"))
-        if not batches: raise ValueError(f"data_path: {config.data_path} holds no data_batch_*.bin")
-        data = cifar_images(batches)
+    if config.data == "images": data = ImageFolder(config.data_path, size, max_pixels=config.max_pixels)
+    else: data = cifar_folder(config.data_path)
+    check_data_labels(data, config.network.classes)
     return Mirrored(data) if config.mirrored else data
 
 
@@ -178,6 +179,7 @@ def training_conditions(
     if config.network.classes:
         if "class_label" not in batch:
             raise ValueError("data: the network has classes and the data have none; pictures need one subfolder a class")
+        check_labels(batch["class_label"], config.network.classes)
         hidden = draws.uniform(x0) < config.label_dropout
         cond["class_label"] = torch.where(hidden, config.network.classes, batch["class_label"])
     if config.low_size:
