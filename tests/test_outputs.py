@@ -65,13 +65,14 @@ def test_printed_numbers_have_no_minus_before_a_zero_and_rounding_errors_are_bou
         with pytest.raises(ValueError, match="value: expected below 1e-06"): bounded(wrong, 1e-6)
 
 
-@pytest.mark.parametrize("stored, different", [("default 1", False), ("default 2", True)])
+@pytest.mark.parametrize("stored, different", [("default 1 80", False), ("default 2 80", True)])
 def test_another_processors_arithmetic_reaches_the_notebook_and_what_differs_is_found(stored, different, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setenv("COLUMNS", "200")  # the width of somebody's terminal, which decides where a help text breaks
     kernels = importlib.import_module("kernels")
     shutil.copy(ROOT / "nbs" / "conftest.py", tmp_path)
     cell = {"cell_type": "code", "execution_count": None, "metadata": {},
-            "source": 'import os\nprint(os.environ["ATEN_CPU_CAPABILITY"], os.environ["OMP_NUM_THREADS"])',
+            "source": 'import os\nprint(os.environ["ATEN_CPU_CAPABILITY"], os.environ["OMP_NUM_THREADS"], os.environ["COLUMNS"])',
             "outputs": [{"name": "stdout", "output_type": "stream", "text": stored + "\n"}]}
     notebook = tmp_path / "prints.ipynb"
     notebook.write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3"}},
