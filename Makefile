@@ -6,10 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test lab results bench scale audit docs look readme notebooks clean
+.PHONY: help setup demo test test-kernels lab results bench scale audit docs look readme notebooks clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(VENV)/.installed ## the environment, in .venv
 
@@ -24,6 +24,9 @@ demo: setup ## every paper's main small experiment, from shipped checkpoints, on
 test: setup ## all checks: the test suite, then every notebook against its stored outputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval nbs -n 2 --dist loadfile -p no:cacheprovider
+
+test-kernels: setup ## every notebook (NB=nbs/... for some) with the arithmetic of other processors, one and two threads: four runs
+	$(BIN)/python tools/kernels.py $(NB)
 
 lab: setup ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -1,7 +1,9 @@
 """What nbval needs to know about these notebooks."""
 import os
 
-os.environ |= {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # as tools/notebooks.py sets them when outputs are stored
+# as tools/notebooks.py sets them when outputs are stored; the caller may ask for more threads, as `make test-kernels` does
+os.environ |= {"TQDM_DISABLE": "1", "COLUMNS": "80"}
+for name, value in {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}.items(): os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items):

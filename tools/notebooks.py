@@ -13,8 +13,8 @@ from diffusion_papers.core.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# progress bars are for people who wait; nbs/conftest.py sets the same
-QUIET = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+# progress bars are for people who wait, and a terminal's width is theirs; nbs/conftest.py sets the same
+QUIET = {"TQDM_DISABLE": "1", "COLUMNS": "80", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 def still(outputs):
