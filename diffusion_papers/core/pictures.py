@@ -108,6 +108,8 @@ def _decoded(picture, name, max_pixels):
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
             return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy)
     except ImportError: raise
+    except image.UnidentifiedImageError:
+        raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
     except FileNotFoundError as error: raise FileNotFoundError(f"{name}: there is no {called}") from error
     except MemoryError:
         raise ValueError(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
