@@ -852,7 +852,7 @@ def check_picture(
         raise ValueError(f"model: expected a bridge, got the method {model.config.method!r}")
     if model.shape[0] != 3: raise ValueError(f"model: expected one for colour pictures, 3 channels, got {model.shape[0]}")
     has_holes = TASKS[check_choice(task, "task", TASKS)].corrupt is None
-    if has_holes and mask is None: raise ValueError(f"mask: the task {task!r} needs one; white, or paint, is a hole")
+    if has_holes and mask is None: raise ValueError(f"mask: the task {task!r} needs one; white, or 1, is a hole")
     if not has_holes and mask is not None: raise ValueError(f"mask: the task {task!r} takes none")
     if task not in task_names(model.config.task):
         warnings.warn(f"task: this model learned {model.config.task}, not {task}")

@@ -184,28 +184,20 @@ def find_pictures(
 ) -> tuple[list, dict]:  # paths in alphabetical order; what else is there, path -> why it is left out
     "Find the pictures of a folder (`FileNotFoundError` names a link to nowhere)."
     top = Path(os.path.realpath(folder))
-    found, ignored, seen = [], {}, {top}
-
-    def look_into(place):
-        before = len(found)
+    found, ignored, seen, folders = [], {}, {top}, [Path(folder)]
+    for place in folders:  # which grows meanwhile: what lies higher is read first, and keeps what a deeper link would take
         for entry in sorted(place.iterdir()):
             if entry.name.startswith(".") or entry.name.casefold() in _LITTER: ignored[entry] = _HIDDEN
             elif not entry.exists(): raise FileNotFoundError(f"folder: {entry} is a link to {os.readlink(entry)}, where nothing is")
-            elif entry.is_dir(): follow(entry)
+            elif entry.is_dir():
+                target = Path(os.path.realpath(entry))
+                inside = entry.is_symlink() and (top in target.parents or target in top.parents)
+                if target in seen or inside: ignored[entry] = "a link to what is read already"
+                else: seen.add(target); folders.append(entry)
             elif entry.suffix.lower() in ENDINGS: found.append(entry)
             else: ignored[entry] = "a kind of picture that is not read" if entry.suffix.lower() in _UNREAD else _OTHER
-        return len(found) - before
-
-    def follow(entry):
-        target = Path(os.path.realpath(entry))
-        inside = entry.is_symlink() and (top in target.parents or target in top.parents)
-        if target in seen or inside: ignored[entry] = "a link to what is read already"
-        else:
-            seen.add(target)
-            if not look_into(entry): ignored[entry] = "a folder without pictures"
-
-    look_into(Path(folder))
-    return sorted(found), ignored
+    filled = {place for path in found for place in path.parents}
+    return sorted(found), ignored | {place: "a folder without pictures" for place in folders[1:] if place not in filled}
 
 # %% ../../nbs/core/08_data.ipynb #f036ba3b
 def _left_out(ignored):

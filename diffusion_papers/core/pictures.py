@@ -98,8 +98,9 @@ def _decoded(picture, name, max_pixels):
     check_range(max_pixels, "max_pixels", 1)
     called = str(picture) if isinstance(picture, (str, Path)) else "what came"
     try:
-        with _pillow_limit(None): file = image.open(picture) if ours else picture
-        with file if ours else nullcontext():  # closes the file and keeps the pixels
+        # by a path, Pillow maps some files into memory, and then turns some TIFFs wrongly and keeps them open
+        with open(picture, "rb") if isinstance(picture, (str, Path)) else nullcontext(picture) as stream:
+            with _pillow_limit(None): file = image.open(stream) if ours else picture
             across, down = file.size
             if across * down > max_pixels: raise MemoryError
             if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
@@ -107,6 +108,8 @@ def _decoded(picture, name, max_pixels):
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
             return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy)
     except ImportError: raise
+    except image.UnidentifiedImageError:
+        raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
     except FileNotFoundError as error: raise FileNotFoundError(f"{name}: there is no {called}") from error
     except MemoryError:
         raise ValueError(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
@@ -128,29 +131,31 @@ def _deep_levels(decoded):
 # %% ../../nbs/core/29_pictures.ipynb #c111244b
 @lru_cache(maxsize=16)
 def _to_srgb(profile):
-    "A transform to sRGB, or None where the profile is sRGB itself; and the mode that it starts from."
+    "What takes an image to sRGB, None where the profile is sRGB itself; and the mode that it starts from."
     cms, image = require("PIL.ImageCms", "data"), require("PIL.Image", "data")
     source = cms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space)
     if mode is None: raise ValueError(f"it describes {space}, not grey, RGB or CMYK")
-    transform = cms.buildTransform(source, cms.createProfile("sRGB"), mode, "RGB")
-    if mode == "CMYK": return transform, mode
-    steps = np.arange(0, 256, 15, dtype=np.uint8)
-    tried = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3) if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
-    found = np.asarray(transform.apply(image.fromarray(tried))).astype(int)
-    same = np.abs(found - (tried if mode == "RGB" else tried[..., None])).max() <= 1
-    return None if same else transform, mode
+    exact = 0x0100 if mode == "L" else 0  # without a table of few places, which is coarse for dark greys; 256 of them need none
+    convert = cms.buildTransform(source, cms.createProfile("sRGB"), mode, "RGB", flags=exact).apply
+    steps, ramp = np.arange(0, 256, 15, dtype=np.uint8), np.arange(256, dtype=np.uint8)[None]
+    tried = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3) if mode == "RGB" else ramp[..., None]
+    if mode != "CMYK" and np.abs(np.asarray(convert(image.fromarray(tried.squeeze(-1) if mode == "L" else tried))) - tried.astype(int)).max() <= 1:
+        return None, mode
+    if mode != "L": return convert, mode
+    curve = np.asarray(convert(image.fromarray(ramp)))[0]
+    return lambda grey: image.fromarray(curve[np.asarray(grey)]), mode
 
 
 def _in_srgb(image, profile, called):
     "An image of the mode L, RGB or CMYK as L or RGB, in the colours that its profile means."
     if profile and (image.mode != "LAB"):
         try:
-            transform, mode = _to_srgb(profile)
+            convert, mode = _to_srgb(profile)
             if image.mode == "L" and mode == "RGB": image = image.convert("RGB")
             if image.mode != mode: raise ValueError(f"it describes {mode}, and the picture is {image.mode}")
-            if transform is not None: return transform.apply(image)
+            if convert is not None: return convert(image)
         except ImportError: raise
         except Exception as error:  # ImageCms raises several kinds for damaged profiles
             warnings.warn(f"{called}: its colour profile cannot be used ({error}); its colours are taken as sRGB")
