@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-for name in ("accelerate", "safetensors", "tqdm", "sklearn"): pytest.importorskip(name)
+from extras import need
+
+need("train", "data")
 
 from diffusion_papers import ddo, dpdm, genie, i2sb
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
