@@ -4,6 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data", "dev")
+
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffusion_papers import genie

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data", "dev")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

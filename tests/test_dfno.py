@@ -3,9 +3,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import msgpack
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data", "flax", "dev")
+
+import msgpack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -4,6 +4,10 @@ import sys
 
 import torch
 
+from extras import need
+
+need("train", "data")
+
 from diffusion_papers.core.checkpoints import load_checkpoint
 from diffusion_papers.core.generation import Generated
 

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data")
+
 from safetensors import safe_open
 from torch import nn
 

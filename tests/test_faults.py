@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from extras import need
+
+need("train", "data")
+
 from diffusion_papers import genie
 from diffusion_papers.core.diffusion import train_denoiser
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint

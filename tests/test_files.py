@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-for name in ("accelerate", "safetensors", "tqdm", "sklearn"): pytest.importorskip(name)
+from extras import need
+
+need("train", "data")
 
 from diffusion_papers import ddo, dpdm, genie, i2sb
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
@@ -167,7 +169,7 @@ def released(config):
 
 
 @pytest.mark.parametrize("before", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
-@pytest.mark.parametrize("form", ["plain", "model and list", "model and names", "model and numbers"])
+@pytest.mark.parametrize("form", ["plain", "model and list", "model and names", "model and numbers", "average alone", "average inside"])
 def test_released_weights_are_read_in_every_wrapping(before, form, tmp_path):
     network, named, trained = released(ADM)
     wrapped = OrderedDict((before + name, value) for name, value in named.items())
@@ -175,10 +177,20 @@ def test_released_weights_are_read_in_every_wrapping(before, form, tmp_path):
     content = {"plain": wrapped,
                "model and list": {"model": noise, "ema": {"decay": 0.9999, "shadow_params": [named[name] for name in trained]}},
                "model and names": {"model": noise, "ema": wrapped},
+               "average alone": {"ema": wrapped, "step": 7}, "average inside": {"model": noise, "ema": {"decay": 0.999, "shadow": wrapped}},
                "model and numbers": {"model": wrapped, "step": np.int64(5), "loss": np.float32(0.5), "lr": np.float64(1e-4), "done": np.bool_(True)}}[form]
     torch.save(content, tmp_path / "theirs.pth")
     model = genie.load_authors_checkpoint(tmp_path / "theirs.pth", config=genie.GenieConfig(ADM))
     assert all(torch.equal(a, b) for a, b in zip(model.denoiser.network.state_dict().values(), network.state_dict().values()))
+
+
+def test_an_average_without_names_is_read_where_nothing_else_is_needed(tmp_path):
+    network, named, trained = released(ADM)
+    torch.save({"decay": 0.9999, "num_updates": 7, "shadow_params": [named[name] for name in trained]}, tmp_path / "theirs.pth")
+    with pytest.raises(CheckpointError, match="lacks time_embed.0.W"):  # frequencies are drawn, and not trained
+        genie.load_authors_checkpoint(tmp_path / "theirs.pth", config=genie.GenieConfig(ADM))
+    found = authors_tensors({"shadow_params": list(named.values())}, authors_keys(network, "adm"))
+    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
 
 
 def test_weights_in_another_place_of_the_file_get_a_hint(tmp_path):

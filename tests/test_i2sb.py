@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data")
+
 from PIL import Image
 
 from test_distributed import trained_by_command

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data", "dev")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

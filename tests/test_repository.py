@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
+
+from extras import BARE, need
+
+need("train", "data", "plots", "dev")
+
+import jsonschema
 import yaml
 
 from diffusion_papers.core.evidence import stale_studies
@@ -122,18 +127,6 @@ def test_shipped_checkpoints_say_how_they_were_made(checkpoint):
     about = json.loads(checkpoint.with_suffix(".json").read_text())
     assert {"command", "config", "machine", "minutes", "metrics"} <= about.keys()
     assert "seed" in about["config"] or "seed" in about["config"]["training"]
-
-
-BARE = """
-import importlib.abc, sys, sysconfig
-from pathlib import Path
-allowed = {"torch", "numpy", "diffusion_papers", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "functorch", "torchgen", "setuptools"}
-installed = {path.name.split(".")[0] for path in Path(sysconfig.get_path("purelib")).iterdir()} - allowed
-class Bare(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in installed: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Bare())
-"""
 
 
 @pytest.mark.parametrize("slug", sorted(papers()))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-for name in ("accelerate", "safetensors", "tqdm", "sklearn"): pytest.importorskip(name)
+from extras import need
+
+need("train", "data")
 
 from diffusion_papers import ddo, dfno, dpdm, genie, i2sb
 from diffusion_papers.__main__ import main

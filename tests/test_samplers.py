@@ -1,6 +1,11 @@
 """Our samplers against those of an independent library, and properties that hold for any settings."""
 import pytest
 import torch
+
+from extras import need
+
+need("train", "data", "dev")
+
 from hypothesis import given, settings, strategies as st
 
 from diffusion_papers import genie

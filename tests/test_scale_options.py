@@ -5,6 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from extras import need
+
+need("train", "data", "dev")
+
 from diffusion_papers import genie
 from diffusion_papers.core.denoisers import Denoiser
 from diffusion_papers.core.diffusion import MODELS, DiffusionConfig, train_denoiser

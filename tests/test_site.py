@@ -13,6 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+
+from extras import need
+
+need("data", "dev")
+
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -667,6 +667,18 @@ def authors_keys(
     return pairs
 
 # %% ../../nbs/core/07_networks.ipynb #3b66b3fa
+def _average(content, trained, plain, source):
+    "Averaged weights by their names: from a list in the order of training, or from names and tensors, perhaps one dictionary deeper."
+    if isinstance(content, dict) and "shadow_params" in content: content = content["shadow_params"]
+    elif isinstance(content, dict):
+        parts = [plain(part) for part in (content, *content.values()) if isinstance(part, dict)]
+        if named := next((part for part in parts if part.keys() >= {*trained}), None): return named
+    if not isinstance(content, (list, tuple)) or len(content) != len(trained):
+        raise CheckpointError(f"{source}: expected an average of {len(trained)} tensors, one for each that was "
+                              f"trained, got {len(content) if isinstance(content, (list, tuple)) else 'none'}")
+    return dict(zip(trained, content))
+
+
 def authors_tensors(
     checkpoint: dict,               # content of the authors' file: {"model": ..., "ema": ...}, or a plain state dict
     keys: list[tuple[str, str]],    # (our name, their name), in their order
@@ -677,25 +689,19 @@ def authors_tensors(
     "The weights of a released checkpoint under our names; the average where there is one (`CheckpointError`)."
     some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     plain = lambda state: plain_names(state, *filter(None, ("module.", prefix)), source=source)
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    state, theirs = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None, [name for _, name in keys]
     if not isinstance(state, dict):
         raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
-    state, theirs = plain(state), [name for _, name in keys]
+    trained, average = [name for name in theirs if name not in frozen], {}
+    if "ema" in checkpoint: average = _average(checkpoint["ema"], trained, plain, source)
+    elif "shadow_params" in checkpoint: average = _average(checkpoint, trained, plain, source)
+    state = plain(state) if "model" in checkpoint or not average else average
     missing = [name for name in theirs if name not in state]
     if missing:
         inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
         hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
         raise CheckpointError(f"{source}: lacks {some(missing)}{hint}")
-    if "ema" in checkpoint:
-        trained, average = [name for name in theirs if name not in frozen], checkpoint["ema"]
-        if isinstance(average, dict) and "shadow_params" not in average:  # names and tensors, instead of a list
-            named = plain(average)
-            average = [named[name] for name in trained if name in named]
-        elif isinstance(average, dict): average = average["shadow_params"]
-        if not isinstance(average, (list, tuple)) or len(average) != len(trained):
-            raise CheckpointError(f"{source}: expected an average of {len(trained)} tensors, one for each that was "
-                                  f"trained, got {len(average) if isinstance(average, (list, tuple)) else 'none'}")
-        state |= dict(zip(trained, average))
+    state = state | average
     odd = [name for name in theirs if not isinstance(state[name], torch.Tensor)]
     if odd: raise CheckpointError(f"{source}: no tensors: {some(odd)}")
     return {ours: state[name] for ours, name in keys}
