@@ -624,7 +624,7 @@ def fid(
     def draw(piece):
         labels = {"class_label": torch.tensor(piece) % model.config.classes} if model.config.classes else {}
         return sample(model, x_T=noise_for(piece, model.shape, seed), **labels)
-    return generated_moments(draw, count, lambda images: extractor(to_bytes(images)), size=size, device=device).distance(reference)
+    return generated_moments(draw, count, lambda images: extractor(to_bytes(images.clamp(-1, 1))), size=size, device=device).distance(reference)
 
 # %% ../nbs/papers/02_dfno.ipynb #f6364821
 def student_authors_keys(

@@ -123,7 +123,7 @@ def distance_to_data(
     if config.network.shape[-1] > 32: return lambda images: None  # larger ones need `fid`
     features = load_judge().features if config.data == "shapes" else lambda images: images.flatten(1)
     data = moments_of(features, data_images(config))
-    return lambda images: moments_of(features, images.cpu()).distance(data)
+    return lambda images: moments_of(features, images.cpu().clamp(-1, 1)).distance(data)  # few calls may lead anywhere
 
 # %% ../../nbs/core/20_diffusion.ipynb #9dfcd361
 def one_each(

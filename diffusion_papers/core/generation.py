@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .files import whole_file
-from .checks import check_range, require
+from .checks import check_images, check_range, require
 from .evidence import write_json
 from .metrics import Moments, to_bytes
 from .training import processes, step_seed
@@ -157,6 +157,6 @@ def data_moments(
     device: str | None=None,   # "cpu", "cuda", or None for the best there is
 ) -> Moments:
     "Mean and covariance of the features of real images; keep them with `save`."
-    draw = lambda piece: torch.stack([data[index]["x0"] for index in piece])
+    draw = lambda piece: check_images(torch.stack([data[index]["x0"] for index in piece]), "data")
     features = lambda images: extractor(to_bytes(images, nearest=True))
     return generated_moments(draw, count or len(data), features, size=size, device=device)

@@ -19,7 +19,7 @@ def precise(
     values: torch.Tensor,  # times or noise levels
 ) -> torch.Tensor:         # float32 or float64
     "Times and noise levels in float32 or better."
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class NoiseProcess(ABC):
