@@ -41,7 +41,7 @@ from .core.generation import Generated, generate, generated_moments, noise_for
 from .core.metrics import Moments, to_bytes
 from .core.networks import Attention, ConvBlock, ResidualMLP, leaves, modules_in_order, unet_config
 from .core.neural_operators import SpectralConv1d, fourier_matrices
-from .core.processes import NoiseProcess
+from .core.processes import NoiseProcess, VariancePreserving
 from .core.samplers import SAMPLERS, time_grid
 from .core.timing import paired
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
@@ -81,6 +81,8 @@ def trajectory(
 ) -> torch.Tensor:          # states x(t) (B, len(kept), ...)
     "Solve the probability-flow equation and keep some of its states."
     check_choice(solver, "solver", SOLVERS)
+    if not isinstance(process, VariancePreserving):
+        raise ValueError(f"process: expected a variance-preserving process, got {type(process).__name__}")
     sigmas, states = process.noise_to_signal(times).to(x_T.device), {}
     sigmas[times == 0] = 0.0
     def remember(step, x, x0):
@@ -623,7 +625,7 @@ def fid(
     def draw(piece):
         labels = {"class_label": torch.tensor(piece) % model.config.classes} if model.config.classes else {}
         return sample(model, x_T=noise_for(piece, model.shape, seed), **labels)
-    return generated_moments(draw, count, lambda images: extractor(to_bytes(images)), size=size, device=device).distance(reference)
+    return generated_moments(draw, count, lambda images: extractor(to_bytes(images.clamp(-1, 1))), size=size, device=device).distance(reference)
 
 # %% ../nbs/papers/02_dfno.ipynb #f6364821
 def student_authors_keys(

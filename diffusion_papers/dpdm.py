@@ -800,6 +800,7 @@ def utility(
     **options,             # of `fit_classifier`
 ) -> dict:                 # kind -> accuracy on the real pictures
     "What a classifier that was trained on synthetic pictures knows about real ones."
+    check_images(images); check_images(real["x0"], "real['x0']")
     classes = int(max(labels.max(), real["class_label"].max())) + 1
     return {kind: accuracy(fit_classifier(kind, images, labels, classes, **options), real["x0"], real["class_label"])
             for kind in kinds}
@@ -1152,7 +1153,7 @@ def generate_data(
         start = torch.randn(len(piece), *model.shape, generator=generator).to(where)
         label = torch.arange(piece.start, piece.stop) % model.config.classes if model.config.classes else None
         images = sample_images(model, None if label is None else label.to(where), start, generator=generator, **options)
-        return {"images": to_bytes(images)} | ({} if label is None else {"class_label": label})
+        return {"images": to_bytes(images.clamp(-1, 1))} | ({} if label is None else {"class_label": label})
     about = {"seed": seed, "options": options, "model": digest(model.state_dict(), {})}
     return generate(of_piece, count, folder, size=size, about=about, device=device)
 

@@ -36,7 +36,8 @@ from torch.utils.data import Dataset, Subset
 
 from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into, plain_names,
                                                pretrained_path, save_configured)
-from .core.checks import came, check_choice, check_device, check_images, check_range, check_tensor, require
+from .core.checks import (came, check_choice, check_device, check_images, check_range, check_tensor, clipped,
+                                          require)
 from .core.configs import Config
 from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
                                                reduced_and_repeated)
@@ -655,7 +656,7 @@ class DigitJudge:
         images: torch.Tensor,  # digits (B, 1, 8, 8)
     ) -> torch.Tensor:         # (B, 64)
         "What its last hidden layer says."
-        hidden = images.clamp(-1, 1).cpu().float().flatten(1)
+        hidden = clipped(images).cpu().float().flatten(1)
         for weight, bias in self.layers[:-1]: hidden = F.relu(hidden @ weight + bias)
         return hidden
 
@@ -673,11 +674,14 @@ digit_judge = functools.lru_cache(DigitJudge)
 
 
 def psnr(
-    images: torch.Tensor,  # restored (B, C, H, W)
+    images: torch.Tensor,  # restored, about [-1, 1] (B, C, H, W)
     truth: torch.Tensor,   # clean, in [-1, 1] (B, C, H, W)
 ) -> torch.Tensor:         # decibels, one an image (B,)
-    "Peak signal-to-noise ratio; values outside of [-1, 1] are clipped."
-    return 10 * torch.log10(4 / (images.clamp(-1, 1) - truth).square().flatten(1).mean(1))
+    "Peak signal-to-noise ratio; values outside of [-1, 1] are clipped (`ValueError` for those of another range)."
+    images, truth = clipped(images), check_images(truth, "truth")
+    if images.shape != truth.shape:
+        raise ValueError(f"images: expected the shape of truth, {tuple(truth.shape)}, got {tuple(images.shape)}")
+    return 10 * torch.log10(4 / (images - truth).square().flatten(1).mean(1))
 
 # %% ../nbs/papers/03_i2sb.ipynb #500be08f
 def evaluate(
@@ -696,7 +700,7 @@ def evaluate(
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
     rows = []
     for number in (0, *calls):
-        images = x1 if number == 0 else restore_images(model, x1, mask, calls=number, seed=seed).cpu()
+        images = (x1 if number == 0 else restore_images(model, x1, mask, calls=number, seed=seed).cpu()).clamp(-1, 1)
         row = {"calls": number, "psnr": psnr(images, x0).mean().item(), "frechet": None, "accuracy": None}
         if model.config.data == "digits":
             judge = digit_judge()
@@ -1229,7 +1233,7 @@ def restore_data(
         images = restore_images(model, x1, mask, calls=calls, seed=step_seed(seed, piece.start, 1))
         labels = ({"class_label": torch.tensor([sample["class_label"] for sample in samples])}
                   if "class_label" in samples[0] else {})
-        return {"images": to_bytes(images), **labels}
+        return {"images": to_bytes(images.clamp(-1, 1)), **labels}
     about = {"task": model.config.task, "calls": calls, "seed": seed, "masks": None if masks is None else len(masks)}
     return generate(draw, count, folder, size=size, about=about, device=device)
 

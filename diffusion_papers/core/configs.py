@@ -57,20 +57,35 @@ class Config:
         return replace(self, **new)
 
 # %% ../../nbs/core/02_configs.ipynb #7d77d906
+def _example(values):
+    "What all values of a tuple are like; None where that is not known."
+    kinds = {type(value) for value in values}
+    if kinds == {int, float}: return 0.0
+    if len(kinds) != 1: return None
+    return sum(values, ()) if kinds == {tuple} else values[0]
+
+
+def _fitted(value, default):
+    "`value` in the type of `default`, at every depth of a tuple (`ValueError` where it has another)."
+    kind = None if default is None else type(default)
+    if kind in (None, tuple) and isinstance(value, (tuple, list)):  # JSON has no tuples
+        return tuple(_fitted(part, _example(default or ())) for part in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
+    if kind is int and isinstance(value, float) and value == int(value): return int(value)  # 1e5 steps
+    if kind is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)): return value
+    raise ValueError
+
+
 def _converted(name, value, default, annotation):
     "Convert `value` to the type of `default`, with the speaking error that `override` promises."
-    kind = type(default) if default is not None else None
-    if kind is tuple and isinstance(value, list): return tuple(value)  # JSON has no tuples
-    if kind is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)): return value
-    if kind is bool and value in ("true", "false"): return value == "true"
     try:
-        parsed = ast.literal_eval(value) if isinstance(value, str) else value
-        if kind is float and isinstance(parsed, (int, float)) and not isinstance(parsed, bool): return float(parsed)
-        if kind is int and isinstance(parsed, float) and parsed == int(parsed): return int(parsed)  # 1e5 steps
-        if isinstance(parsed, kind) and not (kind is int and isinstance(parsed, bool)): return parsed
-    except (ValueError, SyntaxError, TypeError, OverflowError): pass
+        if not isinstance(value, str) or isinstance(default, (str, type(None))): return _fitted(value, default)
+        if isinstance(default, bool) and value in ("true", "false"): return value == "true"
+        return _fitted(ast.literal_eval(value), default)
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError): pass
     expected = annotation if isinstance(annotation, str) else annotation.__name__
-    raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    like = f" like {default!r}" if isinstance(default, tuple) and default else ""
+    raise ValueError(f"{name}: expected {expected}{like}, got {value!r}")
 
 # %% ../../nbs/core/02_configs.ipynb #9c01d472
 def differences(

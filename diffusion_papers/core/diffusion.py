@@ -124,7 +124,7 @@ def distance_to_data(
     if config.network.shape[-1] > 32: return lambda images: None  # larger ones need `fid`
     features = load_judge().features if config.data == "shapes" else lambda images: images.flatten(1)
     data = moments_of(features, data_images(config))
-    return lambda images: moments_of(features, images.cpu()).distance(data)
+    return lambda images: moments_of(features, images.cpu().clamp(-1, 1)).distance(data)  # few calls may lead anywhere
 
 # %% ../../nbs/core/20_diffusion.ipynb #9dfcd361
 def one_each(
@@ -141,11 +141,12 @@ def one_each(
 
 
 def random_times(
-    draws,             # random numbers of the step
-    x0: torch.Tensor,  # clean images (B, ...)
-) -> torch.Tensor:     # (B,)
-    "Times of the process, uniform in [END, 1]."
-    return draws.uniform(x0, END, 1.0)
+    draws,                  # random numbers of the step
+    x0: torch.Tensor,       # clean images (B, ...)
+    process: NoiseProcess,  # says where noise begins
+) -> torch.Tensor:          # (B,)
+    "Times of the process, uniform in [END, start]: those that sampling goes through."
+    return draws.uniform(x0, END, process.start)
 
 
 def conditioning_image(
@@ -183,7 +184,7 @@ def training_conditions(
         hidden = draws.uniform(x0) < config.label_dropout
         cond["class_label"] = torch.where(hidden, config.network.classes, batch["class_label"])
     if config.low_size:
-        low, level = reduced(x0, config.low_size), random_times(draws, x0)
+        low, level = reduced(x0, config.low_size), random_times(draws, x0, process)
         cond["augmentation"] = level
         cond["condition"] = conditioning_image(low, level, draws.normal(low), process, x0.shape[-1])
     return cond
@@ -197,7 +198,7 @@ def diffusion_loss(
 ) -> torch.Tensor:            # loss of each image (B,)
     "Squared error of what the network predicts, at uniform times."
     x0 = batch["x0"]
-    sigma = denoiser.process.noise_to_signal(random_times(draws, x0).double())
+    sigma = denoiser.process.noise_to_signal(random_times(draws, x0, denoiser.process).double())
     loss = denoising_loss(denoiser, x0, sigma, draws.normal(x0), **training_conditions(config, batch, draws, denoiser.process))
     return loss * x0[0].numel() if config.pixel_sum else loss
 

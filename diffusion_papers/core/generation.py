@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .checkpoints import write_tensors
-from .checks import check_range, require
+from .checks import check_images, check_range, require
 from .configs import differences
 from .evidence import write_json
 from .files import locked
@@ -162,6 +162,6 @@ def data_moments(
     device: str | None=None,   # "cpu", "cuda", or None for the best there is
 ) -> Moments:
     "Mean and covariance of the features of real images; keep them with `save`."
-    draw = lambda piece: torch.stack([data[index]["x0"] for index in piece])
+    draw = lambda piece: check_images(torch.stack([data[index]["x0"] for index in piece]), "data")
     features = lambda images: extractor(to_bytes(images, nearest=True))
     return generated_moments(draw, count or len(data), features, size=size, device=device)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .checks import check_images, check_range, check_tensor
+from .checks import check_range, check_tensor, clipped
 
 # %% ../../nbs/core/11_metrics.ipynb #6ee05fce
 def gaussian_frechet(
@@ -108,7 +108,7 @@ def frechet(
 
 # %% ../../nbs/core/11_metrics.ipynb #19deb3c5
 def frechet_pixels(
-    images_a: torch.Tensor,  # (N, C, H, W); values are clipped to [-1, 1]
+    images_a: torch.Tensor,  # (N, C, H, W), about [-1, 1]; values are clipped to it
     images_b: torch.Tensor,  # (M, C, H, W)
 ) -> float:                  # squared distance
     "Squared Frechet distance of clipped pixels."
@@ -117,23 +117,24 @@ def frechet_pixels(
 
 def frechet_features(
     extractor: Callable,     # images (B, C, H, W) in [-1, 1] -> features (B, D)
-    images_a: torch.Tensor,  # (N, C, H, W); values are clipped to [-1, 1]
+    images_a: torch.Tensor,  # (N, C, H, W), about [-1, 1]; values are clipped to it
     images_b: torch.Tensor,  # (M, C, H, W)
     batch_size: int=500,     # images that the extractor sees at once
 ) -> float:                  # squared distance
     "Squared Frechet distance of the features that an extractor finds in clipped images."
+    images_a, images_b = clipped(images_a, "images_a"), clipped(images_b, "images_b")
     return moments_of(extractor, images_a, batch_size).distance(moments_of(extractor, images_b, batch_size))
 
 
 @torch.no_grad()
 def moments_of(
     extractor: Callable,     # images (B, C, H, W) in [-1, 1] -> features (B, D)
-    images: torch.Tensor,    # (N, C, H, W); values are clipped to [-1, 1]
+    images: torch.Tensor,    # (N, C, H, W), about [-1, 1]; values are clipped to it
     batch_size: int=500,     # images that the extractor sees at once
 ) -> Moments:
-    "Mean and covariance of the features that an extractor finds in clipped images."
-    check_range(len(images), "images, samples", 2)
-    pieces = [extractor(check_images(batch.clamp(-1, 1))) for batch in images.split(batch_size)]
+    "Mean and covariance of the features that an extractor finds in clipped images (`ValueError` for values of another range)."
+    check_range(len(check_tensor(images, "images", ndim=4)), "images, samples", 2)
+    pieces = [extractor(clipped(batch)) for batch in images.split(batch_size)]
     moments = Moments(pieces[0].shape[1], pieces[0].device)
     for features in pieces: moments.add(features)
     return moments
@@ -143,8 +144,9 @@ def to_bytes(
     images: torch.Tensor,  # (B, C, H, W), about [-1, 1]
     nearest: bool=False,   # round to the nearest, which gives the bytes of real pictures back; samples are truncated
 ) -> torch.Tensor:         # uint8 (B, C, H, W)
-    "Images as bytes, as FID sees them: x / 2 + 0.5, clipped, times 255, truncated."
-    values = (check_tensor(images, "images", ndim=4) / 2 + 0.5).clamp(0, 1) * 255
+    "Images as bytes, as FID sees them: x / 2 + 0.5, clipped, times 255, truncated (`ValueError` for values of another range)."
+    precise = clipped(images).to(torch.promote_types(images.dtype, torch.float32))
+    values = (precise / 2 + 0.5).clamp(0, 1) * 255
     return (values.round() if nearest else values).to(torch.uint8)
 
 # %% ../../nbs/core/11_metrics.ipynb #9144de9d
@@ -155,7 +157,9 @@ def sliced_wasserstein(
     projections: int=256,        # number of directions, at least 1
 ) -> float:                      # distance, in the unit of the samples
     "Root mean square of the 1-D 2-Wasserstein distances along random directions (Bonneel et al. 2015)."
-    check_tensor(samples_a, "samples_a"); check_tensor(samples_b, "samples_b")
+    for name, samples in (("samples_a", samples_a), ("samples_b", samples_b)):
+        if check_tensor(samples, name).ndim < 2 or not len(samples):
+            raise ValueError(f"{name}: expected at least one sample, (N, ...), got shape {tuple(samples.shape)}")
     check_range(projections, "projections", 1)
     if samples_a.shape[1:] != samples_b.shape[1:]:
         raise ValueError(f"samples_b: expected samples of shape {tuple(samples_a.shape[1:])}, "
@@ -182,7 +186,12 @@ def inside(
 ) -> torch.Tensor:            # whether a point lies in a ball of the reference (N,)
     "Which points lie where the reference does."
     for name, features in (("points", points), ("reference", reference)): check_tensor(features, name, ndim=2)
+    if points.shape[1] != reference.shape[1]:
+        raise ValueError(f"points: expected {reference.shape[1]} values a sample, as in the reference, got {points.shape[1]}")
+    if len(reference) < 2: raise ValueError(f"reference: expected at least 2 samples, got {len(reference)}")
     check_range(neighbour, "neighbour", 1, len(reference) - 1)
+    dtype = torch.promote_types(torch.promote_types(points.dtype, reference.dtype), torch.float32)  # distances need more than half
+    points, reference = points.to(dtype), reference.to(dtype)
     radius = torch.cat([torch.cdist(part, reference).kthvalue(neighbour + 1, dim=1).values  # the first is the point itself
                         for part in reference.split(batch_size)])
     return torch.cat([(torch.cdist(part, reference) <= radius).any(1) for part in points.split(batch_size)])

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .checks import check_tensor, require
+from .checks import ABOUT, check_tensor, require
 
 # %% ../../nbs/core/12_plots.ipynb #0a3b641d
 METHODS = {  # method -> (colour, marker)
@@ -49,6 +49,9 @@ def to_pixels(
     check_tensor(images, "images", ndim=4)
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected 1 or 3 channels, got shape {tuple(images.shape)}")
+    if images.numel() and images.min() >= 0 and images.max() > ABOUT:  # noise may be that large, but has both signs
+        raise ValueError(f"images: expected values in [-1, 1], got [{images.min().item():.4g}, {images.max().item():.4g}]; "
+                         "8-bit pixels become x / 127.5 - 1")
     pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .checkpoints import load_checkpoint, load_into, pretrained_path, save_checkpoint
-from .checks import check_images, check_range
+from .checks import check_images, check_range, clipped
 from .evidence import machine, write_json
 from .training import TrainingConfig, fit
 
@@ -218,7 +218,7 @@ class Judge(nn.Module):
         images: torch.Tensor,  # (B, 3, H, W) in [-1, 1]; H = W = 32 times a whole number
     ) -> torch.Tensor:         # (B, features)
         "What the judge sees in a picture; larger pictures are reduced to 32 pixels."
-        if images.shape[1] != 3 or images.shape[-1] % 32 or images.shape[-1] != images.shape[-2]:
+        if check_images(images).shape[1] != 3 or images.shape[-1] % 32 or images.shape[-1] != images.shape[-2]:
             raise ValueError(f"images: expected shape (B, 3, S, S) with S a multiple of 32, got {tuple(images.shape)}")
         return self.body(F.avg_pool2d(images, images.shape[-1] // 32))
 
@@ -279,10 +279,10 @@ def load_judge(
 @torch.no_grad()
 def judged(
     judge: Judge,             # from `load_judge`
-    images: torch.Tensor,     # (N, 3, H, W); values are clipped to [-1, 1]
+    images: torch.Tensor,     # (N, 3, H, W), about [-1, 1]; values are clipped to it
 ) -> dict[str, torch.Tensor]: # attribute -> index (N,)
-    "The judge's answers."
-    answers = [judge(check_images(batch.clamp(-1, 1))) for batch in images.split(500)]
+    "The judge's answers (`ValueError` for values of another range)."
+    answers = [judge(batch) for batch in clipped(images).split(500)]
     return {name: torch.cat([answer[name].argmax(1) for answer in answers]) for name in ATTRIBUTES}
 
 
