@@ -1008,30 +1008,36 @@ def _bench_convolution(device, count=16, channels=16, points=64, modes=10):
     return u, weight, library
 
 
+def _convolution_rows(points, device):
+    "Rows: our convolution and the library's, forward alone and with the backward pass; none where it is not installed."
+    try: u, weight, library = _bench_convolution(device, points=points)
+    except ImportError: return []
+    mine, their = weight.clone().requires_grad_(), u.clone().requires_grad_()
+    def forward(side):
+        with torch.no_grad(): return library(u) if side else spectral_convolution_2d(u, weight)
+    def both(side): (library(their) if side else spectral_convolution_2d(their, mine)).sum().backward()
+    return [{"what": f"{words} in the plane, {points} points", **paired(lambda: run(False), lambda: run(True), device=device)}
+            for words, run in (("convolution", forward), ("and backward", both))]
+
+
+@torch.no_grad()
+def _call_row(points, device):
+    "Row: a call of the shipped model on a finer grid over one at 32 points."
+    model = load_pretrained(device=device)
+    v, sigma = torch.randn(8, 1, points, points, device=device), torch.ones(8, device=device)
+    small = torch.randn(8, 1, 32, 32, device=device)
+    return {"what": f"a call at {points} points over one at 32",
+            **paired(lambda: model(small, sigma), lambda: model(v, sigma), device=device),
+            "n^2 log n": (points / 32)**2 * math.log(points) / math.log(32)}
+
+
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios
+) -> dict[str, Callable]:  # name -> measures it: rows with what, seconds of both sides, median of the paired ratios
     "The solver, the convolution where the library is installed, and the cost of finer grids."
-    device, rows = check_device(device), []
-    for points in (64, 128):
-        sides = _bench_flow(device, points=points)
-        rows.append({"what": f"a step of 64 flows, {points} points", **paired(*sides, device=device)})
-    for points in (32, 64, 128):
-        try: u, weight, library = _bench_convolution(device, points=points)
-        except ImportError: continue
-        mine, their = weight.clone().requires_grad_(), u.clone().requires_grad_()
-        def forward(side):
-            with torch.no_grad(): return library(u) if side else spectral_convolution_2d(u, weight)
-        def both(side): (library(their) if side else spectral_convolution_2d(their, mine)).sum().backward()
-        for words, run in (("convolution", forward), ("and backward", both)):
-            rows.append({"what": f"{words} in the plane, {points} points",
-                         **paired(lambda: run(False), lambda: run(True), device=device)})
-    model = load_pretrained(device=device)
-    with torch.no_grad():
-        for points in (32, 64, 128):
-            v, sigma = torch.randn(8, 1, points, points, device=device), torch.ones(8, device=device)
-            small = torch.randn(8, 1, 32, 32, device=device)
-            cost = paired(lambda: model(small, sigma), lambda: model(v, sigma), device=device)
-            rows.append({"what": f"a call at {points} points over one at 32", **cost,
-                         "n^2 log n": (points / 32)**2 * math.log(points) / math.log(32)})
-    return rows
+    device = check_device(device)
+    def flows(points):
+        return {"what": f"a step of 64 flows, {points} points", **paired(*_bench_flow(device, points=points), device=device)}
+    return ({f"flows, {points} points": functools.partial(flows, points) for points in (64, 128)}
+            | {f"convolution, {points} points": functools.partial(_convolution_rows, points, device) for points in (32, 64, 128)}
+            | {f"a call at {points} points": functools.partial(_call_row, points, device) for points in (32, 64, 128)})

@@ -825,23 +825,24 @@ def demonstrate():  # a Demonstration
 
 # %% ../nbs/papers/02_dfno.ipynb #b6b004ef
 def _bench_blocks(device, batch=8):
-    "Rows: what the temporal blocks add to a call of the scenes' student, and to a step of its training."
+    "Parts: what the temporal blocks add to a call of the scenes' student, and to a step of its training."
     ours, bare = (build(CONFIGS["shapes"].override(modes=modes)).to(device) for modes in (2, 0))
     x_T = torch.randn(batch, *ours.shape, device=device)
     labels = {"class_label": torch.zeros(batch, dtype=torch.int64, device=device)}
     @torch.no_grad()
     def forward(model): model(x_T, **labels)
     def training(model): model(x_T, **labels).square().mean().backward()
-    return [{"what": f"student with temporal blocks against one without, {name}",
-             **paired(functools.partial(run, ours), functools.partial(run, bare), device=device)}
-            for name, run in (("forward", forward), ("forward and backward", training))]
+    def row(what, run): return {"what": what, **paired(functools.partial(run, ours), functools.partial(run, bare), device=device)}
+    names = {"forward": forward, "forward and backward": training}
+    return {what: functools.partial(row, what, run) for name, run in names.items()
+            for what in [f"student with temporal blocks against one without, {name}"]}
 
 
 def _bench_convolution(device, batch=8, pixels=16):
-    "Rows: our convolution along time against that of neuraloperator, on feature maps as the two students have them."
-    if not importlib.util.find_spec("neuralop"): return []
-    peer, rows = require("neuralop.layers.spectral_convolution", "bench").SpectralConv, []
-    for channels in (64, 256):
+    "Parts: our convolution along time against that of neuraloperator, on feature maps as the two students have them."
+    if not importlib.util.find_spec("neuralop"): return {}
+    peer = require("neuralop.layers.spectral_convolution", "bench").SpectralConv
+    def row(what, channels):
         ours = SpectralConv1d(channels, channels, 2).to(device)
         theirs = peer(channels, channels, (2,), bias=False).to(device)  # it keeps the modes 0 and 1, as ours does
         u = torch.randn(batch, 4, channels, pixels, pixels, device=device)
@@ -850,14 +851,14 @@ def _bench_convolution(device, batch=8, pixels=16):
         rows_of_times = u.permute(0, 3, 4, 2, 1).reshape(-1, channels, 4).contiguous()  # as the peer wants it
         @torch.no_grad()
         def other(): theirs(rows_of_times)
-        rows.append({"what": f"temporal convolution against neuraloperator, {channels} channels",
-                     **paired(mine, other, device=device)})
-    return rows
+        return {"what": what, **paired(mine, other, device=device)}
+    return {what: functools.partial(row, what, channels) for channels in (64, 256)
+            for what in [f"temporal convolution against neuraloperator, {channels} channels"]}
 
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:              # rows: what, seconds of both sides, median of the paired ratios
+) -> dict[str, Callable]:     # name -> measures it and returns a row: what, seconds of both sides, median of the paired ratios
     "What temporal blocks cost, and our temporal convolution beside the one of neuraloperator."
     device = check_device(device)
-    return _bench_blocks(device) + _bench_convolution(device)
+    return _bench_blocks(device) | _bench_convolution(device)

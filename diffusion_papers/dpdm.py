@@ -1182,15 +1182,14 @@ def bench_step(
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios, memory of both sides
+) -> dict[str, Callable]:  # name -> measures it: what, seconds of both sides, median of the paired ratios, memory of both sides
     "One private step without its noise, against opacus' hooks on the same network."
-    device, rows = check_device(device), []
-    for name, (_, count) in BENCHMARKS.items():
-        for draws in (1, 8):
-            ours, theirs = (bench_step(name, draws, side, device) for side in ("ours", "opacus"))
-            memory = {side: alone("from diffusion_papers.dpdm import bench_step\n"
-                                  f"step = bench_step({name!r}, {draws}, {side!r}, {device!r})", "step()", device)
-                      for side in ("ours", "opacus")}
-            rows.append({"what": f"{name}, K = {draws}", "pictures": count, **paired(ours, theirs, 7, device=device),
-                         "MiB": {side: cost["peak MiB"] - cost["MiB before"] for side, cost in memory.items()}})
-    return rows
+    device = check_device(device)
+    def row(name, draws):
+        ours, theirs = (bench_step(name, draws, side, device) for side in ("ours", "opacus"))
+        memory = {side: alone("from diffusion_papers.dpdm import bench_step\n"
+                              f"step = bench_step({name!r}, {draws}, {side!r}, {device!r})", "step()", device)
+                  for side in ("ours", "opacus")}
+        return {"what": f"{name}, K = {draws}", "pictures": BENCHMARKS[name][1], **paired(ours, theirs, 7, device=device),
+                "MiB": {side: cost["peak MiB"] - cost["MiB before"] for side, cost in memory.items()}}
+    return {f"{name}, K = {draws}": functools.partial(row, name, draws) for name in BENCHMARKS for draws in (1, 8)}

@@ -910,8 +910,8 @@ def _peer_network(config):
 
 
 def _bench_networks(device, batch=16):
-    "Rows: our U-Net against that of diffusers, forward alone and with the backward pass."
-    if not importlib.util.find_spec("diffusers"): return []
+    "Parts: our U-Net against that of diffusers, forward alone and with the backward pass."
+    if not importlib.util.find_spec("diffusers"): return {}
     ours, theirs = UNet(BENCH_NETWORK).to(device), _peer_network(BENCH_NETWORK).to(device)
     x, t = torch.randn(batch, *ours.shape, device=device), torch.rand(batch, device=device)
     flops = []
@@ -923,14 +923,14 @@ def _bench_networks(device, batch=16):
         return action
     @torch.no_grad()
     def forward(network): network(x, t)
-    rows = [("forward", functools.partial(forward, ours), functools.partial(forward, theirs)),
-            ("forward and backward", training(ours, lambda y: y), training(theirs, lambda y: y.sample))]
-    return [{"what": f"U-Net against diffusers, {name}", **paired(mine, other, device=device),
-             "FLOPs, ours / peer": flops[0] / flops[1]} for name, mine, other in rows]
+    def row(what, mine, other): return {"what": what, **paired(mine, other, device=device), "FLOPs, ours / peer": flops[0] / flops[1]}
+    sides = {"U-Net against diffusers, forward": (functools.partial(forward, ours), functools.partial(forward, theirs)),
+             "U-Net against diffusers, forward and backward": (training(ours, lambda y: y), training(theirs, lambda y: y.sample))}
+    return {what: functools.partial(row, what, *pair) for what, pair in sides.items()}
 
 
 def _bench_solver(device, calls=10, batch=32):
-    "Rows: what our loops cost over bare calls of the same U-Net; our DDIM against that of diffusers."
+    "Parts: what our loops cost over bare calls of the same U-Net; our DDIM against that of diffusers."
     model = build(CONFIGS["shapes"]).to(device)  # untrained: time does not depend on the values of weights
     x_T = torch.randn(batch, *model.shape, device=device)
     sigmas = sigma_grid(model.process, calls).to(device)
@@ -953,12 +953,13 @@ def _bench_solver(device, calls=10, batch=32):
     loops = {f"{solver}, {calls} calls, against bare calls": functools.partial(sample, model, x_T=x_T, solver=solver, calls=calls)
              for solver in ("ddim", "genie", "s_pndm", "dpm_solver_pp", "taylor")}
     if importlib.util.find_spec("diffusers"): loops[f"DDIM of diffusers, {calls} calls, against bare calls"] = peer
-    return [{"what": name, **paired(loop, bare, device=device)} for name, loop in loops.items()]
+    def row(what, loop): return {"what": what, **paired(loop, bare, device=device)}
+    return {what: functools.partial(row, what, loop) for what, loop in loops.items()}
 
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:              # rows: what, seconds of both sides, median of the paired ratios
+) -> dict[str, Callable]:     # name -> measures it and returns a row: what, seconds of both sides, median of the paired ratios
     "Our U-Net beside the one of diffusers, and our samplers beside bare calls of the network."
     device = check_device(device)
-    return _bench_networks(device) + _bench_solver(device)
+    return _bench_networks(device) | _bench_solver(device)

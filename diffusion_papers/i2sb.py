@@ -1292,7 +1292,7 @@ def demonstrate():  # a Demonstration
 
 # %% ../nbs/papers/03_i2sb.ipynb #ca7b1650
 def _bench_corruptions(device):
-    "Rows: what images suffer, beside plain library calls."
+    "Parts: what images suffer, beside plain library calls."
     images = (torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
     kernel, widths = torch.ones(3, 1, 9, 9, device=device) / 81, torch.linspace(1, 2, 32, device=device)
     smooth = require("scipy.ndimage", "data").gaussian_filter
@@ -1310,14 +1310,13 @@ def _bench_corruptions(device):
             lambda: gaussian_blur(images, widths),
             lambda: [smooth(image.cpu().numpy(), (0, width, width), mode="nearest")
                      for image, width in zip(images, widths.tolist())])}
-    return [{"what": f"{name}, 32 images of 64 pixels", **paired(ours, peer, device=device)}
-            for name, (ours, peer) in pairs.items()]
+    def row(what, ours, peer): return {"what": what, **paired(ours, peer, device=device)}
+    return {what: functools.partial(row, what, *sides) for name, sides in pairs.items() for what in [f"{name}, 32 images of 64 pixels"]}
 
 
 def _bench_sampler(device, calls=10):
-    "Rows: what the loop costs over bare calls of the network."
-    rows = []
-    for name, batch in (("i2sb_digits", 64), ("i2sb_jpeg", 8)):
+    "Parts: what the loop costs over bare calls of the network."
+    def row(what, name, batch):
         model = load_pretrained(name, device)
         x1 = (torch.rand(batch, *model.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
         index = torch.full((batch,), len(model.schedule) // 2, device=device)
@@ -1325,19 +1324,24 @@ def _bench_sampler(device, calls=10):
             with torch.no_grad():
                 for _ in range(calls): model(x1, index)
         loop = functools.partial(restore_images, model, x1, calls=calls)
-        rows.append({"what": f"{name}: {calls} calls of the sampler against bare calls of the network",
-                     **paired(loop, bare, device=device)})
-    return rows
+        return {"what": what, **paired(loop, bare, device=device)}
+    return {what: functools.partial(row, what, name, batch) for name, batch in (("i2sb_digits", 64), ("i2sb_jpeg", 8))
+            for what in [f"{name}: {calls} calls of the sampler against bare calls of the network"]}
+
+
+def _bench_picture(side, device):
+    "Row: time and memory of restoring a picture, in a process of its own."
+    return {"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
+        "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
+        f"picture = torch.rand(3, {side}, {side})",
+        f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)}
 
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios; for pictures seconds and peak memory
+) -> dict[str, Callable]:  # name -> measures it: what, seconds of both sides, median of the paired ratios; for pictures peak memory
     "Corruptions beside plain library calls, the sampler beside bare calls of the network, pictures of several sizes."
-    device, pictures = check_device(device), []
-    for side in (512, 1024, 2048, 3072):
-        pictures.append({"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
-            "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
-            f"picture = torch.rand(3, {side}, {side})",
-            f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)})
-    return _bench_corruptions(device) + _bench_sampler(device) + pictures
+    device = check_device(device)
+    pictures = {f"restore a picture of {side}x{side} pixels": functools.partial(_bench_picture, side, device)
+                for side in (512, 1024, 2048, 3072)}
+    return _bench_corruptions(device) | _bench_sampler(device) | pictures
