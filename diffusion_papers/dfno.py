@@ -8,7 +8,7 @@ __all__ = ['SOLVERS', 'WEIGHTINGS', 'DISTANCES', 'DIGITS', 'CONFIGS', 'TEACHER_P
            'solver_times', 'state_weights', 'absolute', 'squared', 'perceptual', 'weighted_loss', 'stage_ends',
            'stage_channels', 'check_times', 'Student', 'TwoAnswers', 'start_from', 'DfnoConfig', 'Dfno', 'build',
            'build_teacher', 'load_teacher', 'trajectory_conditions', 'clipped', 'make_trajectories', 'student_loss',
-           'distance_for', 'train', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
+           'distance_for', 'train', 'unmeasured', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
            'teacher_samples', 'evaluate', 'arithmetic', 'fid', 'student_authors_keys', 'teacher_places',
            'teacher_tensors', 'read_msgpack', 'load_authors_teacher', 'errors_along_time', 'study_claim',
            'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core.checkpoints import CheckpointError, load_configured, load_into, pretrained_path, save_configured
-from .core.checks import check_choice, check_device, check_range, check_tensor, require
+from .core.checks import check_choice, check_device, check_fields, check_range, check_seed, check_tensor, require
 from .core.configs import Config
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, briefly, build_denoiser, distance_to_data,
-                                             load_denoiser, one_each, short_training)
+                                             load_data, load_denoiser, one_each, short_training)
 from .core.evidence import file_digest
 from .core.generation import Generated, generate, generated_moments, noise_for
 from .core.metrics import Moments, to_bytes
@@ -43,7 +43,7 @@ from .core.networks import Attention, ConvBlock, ResidualMLP, leaves, modules_in
 from .core.neural_operators import SpectralConv1d, fourier_matrices
 from .core.processes import NoiseProcess
 from .core.samplers import SAMPLERS, time_grid
-from .core.timing import paired
+from .core.timing import paired, progress
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/02_dfno.ipynb #bfbfeb8d
@@ -291,10 +291,12 @@ class DfnoConfig(Config):
     def __post_init__(self):
         choices = {"solver": SOLVERS, "loss": (*DISTANCES, "perceptual"), "weighting": WEIGHTINGS}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
+        check_fields(self, {"solver_steps": (1, 2**20), "exponent": (1e-6, 8.0), "end": (0.0, 1 - 1e-6), "trajectories": (1, 2**40),
+                            "modes": (0, 2**20), "evaluated": (2, 2**31)})
+        check_seed(self.seed)
         kept, points = self.kept, len(self.kept) - 1
-        if not points or kept[0] != 0 or list(kept) != sorted(set(kept)) or kept[-1] > self.solver_steps:
-            raise ValueError(f"kept: expected rising steps from 0 (the noise) to at most {self.solver_steps}, got {kept}")
-        check_range(self.modes, "modes", 0)
+        if points < 1 or kept[0] != 0 or list(kept) != sorted(set(kept)) or kept[-1] > self.solver_steps:
+            raise ValueError(f"kept: expected rising steps from 0 (the noise) to at most solver_steps = {self.solver_steps}, got {kept}")
         if self.modes > points // 2 + 1:
             raise ValueError(f"modes: {points} states have {points // 2 + 1} temporal modes, got {self.modes}")
         check_range(self.unlabelled, "unlabelled", 0.0, 1.0)
@@ -395,7 +397,8 @@ def load_teacher(
     "The teacher that a configuration names (`ValueError` where it is of another form)."
     if not config.teacher: return build_teacher(config).to(device)
     if config.teacher.endswith(".msgpack"): return load_authors_teacher(config.teacher, config).to(device)
-    denoiser, found = load_denoiser(config.teacher, device)
+    try: denoiser, found = load_denoiser(config.teacher, device)
+    except (ValueError, OSError) as error: raise CheckpointError(f"teacher: {error}") from error
     for name in ("process", "network", "prediction", "label"):
         expected, came = getattr(config.diffusion, name), getattr(found, name)
         if expected != came: raise ValueError(f"teacher: {config.teacher} has {name} {came}, expected {expected}")
@@ -492,6 +495,16 @@ def train(
     return Dfno(student, config)
 
 
+def unmeasured(
+    config: DfnoConfig,  # about to be trained
+) -> str:                # "" where there is something to measure a student with
+    "Why `evaluate` will not be able to measure a student: it needs pictures, and training does without (`ValueError` for wrong ones)."
+    if config.teacher: load_teacher(config)
+    given = config.diffusion.data not in ("cifar10", "images") or config.diffusion.data_path
+    if config.diffusion.network.shape[-1] > 32 or given and load_data(config.diffusion): return ""
+    return "nobody said where the pictures lie to compare with (diffusion.data_path); evaluate takes data_path, too"
+
+
 def one_step(
     config: DfnoConfig,  # any configuration
     steps: int=1,        # optimiser steps
@@ -515,7 +528,7 @@ def sample(
     whole: bool=False,                     # the whole trajectory, instead of its last state
 ) -> torch.Tensor:                         # samples (count, *shape), about [-1, 1]; with `whole` (count, T, *shape)
     "Draw samples with one call of the network."
-    check_range(count, "count", 1)
+    check_range(count, "count", 1); check_seed(seed)
     if x_T is None: x_T = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed))
     if check_tensor(x_T, "x_T").shape[1:] != tuple(model.shape):
         raise ValueError(f"x_T: expected shape (B, {', '.join(map(str, model.shape))}), got {tuple(x_T.shape)}")
@@ -570,17 +583,21 @@ def evaluate(
     calls: tuple=(1, 2, 4, 8),       # of the teacher's DDIM
     seed: int=1000,                  # of the noise, other than the training's
     repeats: int=1,                  # runs of which the fastest is reported
+    data_path: str="",               # the folder of the pictures to compare with; "" is the configuration's
 ) -> list[dict]:                     # rows: sampler, calls, error (root mean square), frechet, seconds
     "One call of the student beside the teacher's DDIM, from the same noise: distance to where the teacher leads, and to the data."
     count = check_range(model.config.evaluated if count is None else count, "count", 2)
+    for steps in calls: check_range(steps, "calls", 1, 2**20)
+    check_range(repeats, "repeats", 1, 2**20); check_seed(seed)
+    distance = distance_to_data(replace(model.config.diffusion, data_path=data_path or model.config.diffusion.data_path))
     teacher = teacher or load_teacher(model.config, model.device)
     x_T = noise_for(range(count), model.shape, seed).to(model.device)
     labelled = model.config.classes and model.config.unlabelled < 1
     cond = {"class_label": torch.arange(count, device=model.device) % model.config.classes} if labelled else {}
-    distance, reference, rows = distance_to_data(model.config.diffusion), teacher_samples(model, teacher, x_T, **cond), []
+    reference, rows = teacher_samples(model, teacher, x_T, **cond), []
     draws = {("student", 1): functools.partial(sample, model, x_T=x_T, **cond)}
     draws |= {("DDIM", steps): functools.partial(teacher_samples, model, teacher, x_T, steps, **cond) for steps in calls}
-    for (name, steps), draw in draws.items():
+    for (name, steps), draw in progress(draws.items(), "measuring"):
         seconds = []
         for _ in range(repeats):
             began = time.perf_counter()

@@ -35,7 +35,8 @@ from torch.utils.data import Dataset, Subset
 
 from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into,
                                                pretrained_path, save_configured)
-from .core.checks import check_choice, check_device, check_images, check_range, check_tensor, require
+from .core.checks import (check_choice, check_device, check_fields, check_images, check_range, check_seed, check_some,
+                                          check_tensor, require)
 from .core.configs import Config
 from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
                                                reduced_and_repeated)
@@ -50,7 +51,7 @@ from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, sinu
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
 from .core.shapes_world import ShapesWorld
-from .core.timing import alone, paired
+from .core.timing import alone, paired, progress
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/03_i2sb.ipynb #ec27d7b7
@@ -305,6 +306,15 @@ class FilmConfig(Config):
     conditioning: int = 0            # channels of an image beside the input
     time_scale: float = 1.0          # the label is multiplied by this
 
+    def __post_init__(self):
+        check_some(self.dilations, "dilations")
+        check_fields(self, {"channels": (1, 2**20), "size": (1, 2**20), "width": (1, 2**20), "dilations": (1, 2**20), "patch": (1, 2**10),
+                            "groups": (0, 2**20), "conditioning": (0, 2**20), "time_scale": (1e-9, 1e9)})
+        if self.groups and self.width % self.groups:
+            raise ValueError(f"width: expected a multiple of the {self.groups} groups, got {self.width}; or change groups")
+        if self.width % 2: raise ValueError(f"width: expected an even number, got {self.width}")
+        if self.size % self.patch: raise ValueError(f"patch: expected a divisor of the size {self.size}, got {self.patch}")
+
     @property
     def shape(self): return (self.channels, self.size, self.size)
 
@@ -390,7 +400,10 @@ class I2sbConfig(Config):
                    "path": ("task", "stochastic", "deterministic"), "prediction": ("eps", "v"),
                    "family": ("film", "adm")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_range(self.beta_max, "beta_max", 0.0); task_names(self.task)
+        check_fields(self, {"interval": (4, 2**20), "beta_max": (0.0, 1e6), "evaluated": (2, 2**31)})
+        check_seed(self.seed); task_names(self.task)
+        try: self.schedule
+        except ValueError as error: raise ValueError(f"interval and beta_max: {error}") from error
 
     @property
     def first_task(self): return TASKS[task_names(self.task)[0]]
@@ -683,13 +696,15 @@ def evaluate(
     data=None,                # clean images (map-style data set); None is `test_data`
 ) -> list[dict]:  # rows: calls, psnr in decibels, and for digits frechet and accuracy; 0 calls is the degraded image
     "Restore images, and compare with the clean ones."
+    for number in calls: check_range(number, "calls", 1, len(model.schedule))
+    check_seed(seed)
     data = test_data(model.config) if data is None else data
     count = min(check_range(model.config.evaluated if count is None else count, "count", 2), len(data))
     samples = [data[index] for index in range(count)]
     x0 = check_images(torch.stack([sample["x0"] for sample in samples]))
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
     rows = []
-    for number in (0, *calls):
+    for number in progress((0, *calls), "measuring"):
         images = x1 if number == 0 else restore_images(model, x1, mask, calls=number, seed=seed).cpu()
         row = {"calls": number, "psnr": psnr(images, x0).mean().item(), "frechet": None, "accuracy": None}
         if model.config.data == "digits":
@@ -742,6 +757,7 @@ def sample(
     data_path: str="",       # a folder of clean images, instead of `test_data`
 ) -> torch.Tensor:           # damaged, restored, clean (3 count, C, H, W), in [-1, 1]
     "Damage images and restore them."
+    check_range(calls, "calls", 1, len(model.schedule)); check_seed(seed)
     data = ImageFolder(data_path, model.shape[-1]) if data_path else test_data(model.config)
     x0 = torch.stack([data[index]["x0"] for index in range(min(check_range(count, "count", 1), len(data)))])
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
@@ -937,6 +953,7 @@ def restore(
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     check_picture(model, task, mask)
+    check_range(tile, "tile", 16, 2**12); check_range(calls, "calls", 1, len(model.schedule)); check_seed(seed)
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % 16: raise ValueError(f"{name}: expected a multiple of 16, got {value}")
     check_range(overlap, "overlap", 0, tile - 16); check_range(piece, "piece", 1); check_range(batch_size, "batch_size", 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from .files import whole_file
+from .files import read_json, whole_file
 from .checks import check_range, require
 from .evidence import write_json
 from .metrics import Moments, to_bytes
@@ -60,7 +60,7 @@ def generate(
     place = folder / "about.json"
     if ours.is_main_process and not place.is_file(): write_json(place, described)
     ours.wait_for_everyone()
-    if (there := json.loads(place.read_text(encoding="utf-8"))) != described:
+    if (there := read_json(place)) != described:
         raise ValueError(f"folder: {folder} holds other samples: {there} instead of {described}")
     missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
     ours.wait_for_everyone()  # all have looked before anyone writes, so that what is missing is shared evenly
@@ -84,7 +84,7 @@ class Generated(Dataset):
     ):
         self.folder, place = Path(folder), Path(folder) / "about.json"
         if not place.is_file(): raise FileNotFoundError(f"folder: {folder} holds no generated samples (no about.json)")
-        described = json.loads(place.read_text(encoding="utf-8"))
+        described = read_json(place)
         self.count, self.size, self.about = described["count"], described["size"], described["about"]
         missing = [p.start for p in pieces(self.count, self.size) if not _file(folder, p.start).is_file()]
         if missing:
