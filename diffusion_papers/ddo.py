@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from .core.checkpoints import (CheckpointError, data_folder, load_checkpoint, load_configured,
                                                load_foreign, load_into, plain_names, pretrained_path, save_configured)
-from .core.checks import check_choice, check_device, check_range, check_tensor, require
+from .core.checks import check_choice, check_device, check_fields, check_range, check_seed, check_some, check_tensor, require
 from .core.configs import Config
 from .core.data import TensorSet
 from .core.denoisers import per_sample
@@ -43,7 +43,7 @@ from .core.operator_networks import (FnoUNet, FnoUNetConfig, Gano, GanoConfig, U
                                                      UShapedOperator, operator_keys)
 from .core.samplers import ancestral, annealed_langevin, euler, log_grid
 from .core.spectral import autocovariance, cosine_transform, energy_spectrum, resample
-from .core.timing import paired
+from .core.timing import paired, progress
 from .core.training import Draws, TrainingConfig, claim_folder, fit, step_seed
 
 # %% ../nbs/papers/08_ddo.ipynb #0314521c
@@ -511,7 +511,8 @@ class DdoConfig(Config):
         choices = {"data": ("vorticity", "distances", "bumps", "file"), "process": PROCESSES, "noise": LAWS,
                    "norm": NORMS, "family": ("fno", "unet", "ushaped")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_range(self.points, "points", 4)
+        check_fields(self, {"points": (4, 2**15), "levels": (1, 2**20), "sigma_max": (1e-30, 1e30), "sigma_min": (1e-30, 1e30),
+                            "data_std": (1e-30, 1e30), "length": (1e-12, 1e6), "alpha": (1.0, 1e3), "tau": (0.0, 1e6), "evaluated": (2, 2**31)})
         ladder(self.sigma_max, self.sigma_min, self.levels)
         for name in ("data_std", "length"):
             if not getattr(self, name) > 0:
@@ -722,6 +723,8 @@ def sample(
     seed: int=0,              # of all noise
 ) -> torch.Tensor:            # pictures (count, 1, points, points) in [-1, 1]: values over three standard deviations
     "Draw functions, as pictures."
+    if points: check_range(points, "points", 4, 2**15)
+    check_range(calls, "calls", 2, 2**20); check_seed(seed)
     drawn = sample_functions(model, count, points or None, how=how, calls=calls, seed=seed)
     return (drawn[:, :1] / (3 * model.config.data_std)).clamp(-1, 1).cpu()
 
@@ -786,13 +789,16 @@ def evaluate(
     **options,                 # of `sample_functions`
 ) -> list[dict]:               # rows: points, calls, and what `function_measures` says
     "Draw functions on several grids, and compare them with real ones; only vorticity has some unasked."
+    for n in check_some(points, "points"): check_range(n, "points", 4, 2**15)
+    check_seed(seed)
     if data is None and model.config.data != "vorticity": return []
     count, rows = model.config.evaluated if count is None else check_range(count, "count", 2), []
+    known = {n: vorticity("test", n) if data is None else data[..., ::data.shape[-1] // n, ::data.shape[-1] // n] for n in points}
     for n in points:
+        pieces = progress(range(0, count, 32), f"drawing on {n} points")
         made = torch.cat([sample_functions(model, min(32, count - first), n, seed=step_seed(seed, first), **options)
-                          for first in range(0, count, 32)])[:, 0].cpu()
-        real = vorticity("test", n) if data is None else data[..., ::data.shape[-1] // n, ::data.shape[-1] // n]
-        rows.append({"points": n, "calls": options.get("calls", 50)} | function_measures(made, real))
+                          for first in pieces])[:, 0].cpu()
+        rows.append({"points": n, "calls": options.get("calls", 50)} | function_measures(made, known[n]))
     return rows
 
 # %% ../nbs/papers/08_ddo.ipynb #5945800c
@@ -1011,30 +1017,36 @@ def _bench_convolution(device, count=16, channels=16, points=64, modes=10):
     return u, weight, library
 
 
+def _convolution_rows(points, device):
+    "Rows: our convolution and the library's, forward alone and with the backward pass; none where it is not installed."
+    try: u, weight, library = _bench_convolution(device, points=points)
+    except ImportError: return []
+    mine, their = weight.clone().requires_grad_(), u.clone().requires_grad_()
+    def forward(side):
+        with torch.no_grad(): return library(u) if side else spectral_convolution_2d(u, weight)
+    def both(side): (library(their) if side else spectral_convolution_2d(their, mine)).sum().backward()
+    return [{"what": f"{words} in the plane, {points} points", **paired(lambda: run(False), lambda: run(True), device=device)}
+            for words, run in (("convolution", forward), ("and backward", both))]
+
+
+@torch.no_grad()
+def _call_row(points, device):
+    "Row: a call of the shipped model on a finer grid over one at 32 points."
+    model = load_pretrained(device=device)
+    v, sigma = torch.randn(8, 1, points, points, device=device), torch.ones(8, device=device)
+    small = torch.randn(8, 1, 32, 32, device=device)
+    return {"what": f"a call at {points} points over one at 32",
+            **paired(lambda: model(small, sigma), lambda: model(v, sigma), device=device),
+            "n^2 log n": (points / 32)**2 * math.log(points) / math.log(32)}
+
+
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios
+) -> dict[str, Callable]:  # name -> measures it: rows with what, seconds of both sides, median of the paired ratios
     "The solver, the convolution where the library is installed, and the cost of finer grids."
-    device, rows = check_device(device), []
-    for points in (64, 128):
-        sides = _bench_flow(device, points=points)
-        rows.append({"what": f"a step of 64 flows, {points} points", **paired(*sides, device=device)})
-    for points in (32, 64, 128):
-        try: u, weight, library = _bench_convolution(device, points=points)
-        except ImportError: continue
-        mine, their = weight.clone().requires_grad_(), u.clone().requires_grad_()
-        def forward(side):
-            with torch.no_grad(): return library(u) if side else spectral_convolution_2d(u, weight)
-        def both(side): (library(their) if side else spectral_convolution_2d(their, mine)).sum().backward()
-        for words, run in (("convolution", forward), ("and backward", both)):
-            rows.append({"what": f"{words} in the plane, {points} points",
-                         **paired(lambda: run(False), lambda: run(True), device=device)})
-    model = load_pretrained(device=device)
-    with torch.no_grad():
-        for points in (32, 64, 128):
-            v, sigma = torch.randn(8, 1, points, points, device=device), torch.ones(8, device=device)
-            small = torch.randn(8, 1, 32, 32, device=device)
-            cost = paired(lambda: model(small, sigma), lambda: model(v, sigma), device=device)
-            rows.append({"what": f"a call at {points} points over one at 32", **cost,
-                         "n^2 log n": (points / 32)**2 * math.log(points) / math.log(32)})
-    return rows
+    device = check_device(device)
+    def flows(points):
+        return {"what": f"a step of 64 flows, {points} points", **paired(*_bench_flow(device, points=points), device=device)}
+    return ({f"flows, {points} points": functools.partial(flows, points) for points in (64, 128)}
+            | {f"convolution, {points} points": functools.partial(_convolution_rows, points, device) for points in (32, 64, 128)}
+            | {f"a call at {points} points": functools.partial(_call_row, points, device) for points in (32, 64, 128)})

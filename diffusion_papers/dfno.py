@@ -8,10 +8,10 @@ __all__ = ['SOLVERS', 'WEIGHTINGS', 'DISTANCES', 'DIGITS', 'CONFIGS', 'TEACHER_P
            'quadratic_steps', 'solver_times', 'state_weights', 'absolute', 'squared', 'perceptual', 'weighted_loss',
            'stage_ends', 'stage_channels', 'check_times', 'Student', 'TwoAnswers', 'start_from', 'DfnoConfig', 'Dfno',
            'build', 'build_teacher', 'load_teacher', 'trajectory_conditions', 'clipped', 'make_trajectories',
-           'student_loss', 'distance_for', 'train', 'one_step', 'sample', 'save_model', 'load_model', 'load_pretrained',
-           'teacher_samples', 'evaluate', 'arithmetic', 'fid', 'student_authors_keys', 'teacher_places',
-           'teacher_tensors', 'read_msgpack', 'load_authors_teacher', 'errors_along_time', 'study_claim',
-           'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
+           'student_loss', 'distance_for', 'train', 'unmeasured', 'one_step', 'sample', 'save_model', 'load_model',
+           'load_pretrained', 'teacher_samples', 'evaluate', 'arithmetic', 'fid', 'student_authors_keys',
+           'teacher_places', 'teacher_tensors', 'read_msgpack', 'load_authors_teacher', 'errors_along_time',
+           'study_claim', 'study_ablation', 'study_scenes', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/02_dfno.ipynb #54c3e92f
 import functools
@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core.checkpoints import CheckpointError, load_configured, load_into, pretrained_path, save_configured
-from .core.checks import check_choice, check_device, check_range, check_tensor, require
+from .core.checks import check_choice, check_device, check_fields, check_range, check_seed, check_tensor, require
 from .core.configs import Config
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, briefly, build_denoiser, distance_to_data,
-                                             load_denoiser, one_each, short_training)
+                                             load_data, load_denoiser, one_each, short_training)
 from .core.evidence import file_digest
 from .core.generation import Generated, generate, generated_moments, noise_for
 from .core.metrics import Moments, to_bytes
@@ -43,7 +43,7 @@ from .core.networks import Attention, ConvBlock, ResidualMLP, leaves, modules_in
 from .core.neural_operators import SpectralConv1d, fourier_matrices
 from .core.processes import NoiseProcess, VariancePreserving
 from .core.samplers import SAMPLERS, time_grid
-from .core.timing import paired
+from .core.timing import paired, progress
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/02_dfno.ipynb #bfbfeb8d
@@ -294,10 +294,12 @@ class DfnoConfig(Config):
     def __post_init__(self):
         choices = {"solver": SOLVERS, "loss": (*DISTANCES, "perceptual"), "weighting": WEIGHTINGS}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
+        check_fields(self, {"solver_steps": (1, 2**20), "exponent": (1e-6, 8.0), "end": (0.0, 1 - 1e-6), "trajectories": (1, 2**40),
+                            "modes": (0, 2**20), "evaluated": (2, 2**31)})
+        check_seed(self.seed)
         kept, points = self.kept, len(self.kept) - 1
-        if not points or kept[0] != 0 or list(kept) != sorted(set(kept)) or kept[-1] > self.solver_steps:
-            raise ValueError(f"kept: expected rising steps from 0 (the noise) to at most {self.solver_steps}, got {kept}")
-        check_range(self.modes, "modes", 0)
+        if points < 1 or kept[0] != 0 or list(kept) != sorted(set(kept)) or kept[-1] > self.solver_steps:
+            raise ValueError(f"kept: expected rising steps from 0 (the noise) to at most solver_steps = {self.solver_steps}, got {kept}")
         if self.modes > points // 2 + 1:
             raise ValueError(f"modes: {points} states have {points // 2 + 1} temporal modes, got {self.modes}")
         check_range(self.unlabelled, "unlabelled", 0.0, 1.0)
@@ -398,7 +400,8 @@ def load_teacher(
     "The teacher that a configuration names (`ValueError` where it is of another form)."
     if not config.teacher: return build_teacher(config).to(device)
     if config.teacher.endswith(".msgpack"): return load_authors_teacher(config.teacher, config).to(device)
-    denoiser, found = load_denoiser(config.teacher, device)
+    try: denoiser, found = load_denoiser(config.teacher, device)
+    except (ValueError, OSError) as error: raise CheckpointError(f"teacher: {error}") from error
     for name in ("process", "network", "prediction", "label"):
         expected, came = getattr(config.diffusion, name), getattr(found, name)
         if expected != came: raise ValueError(f"teacher: {config.teacher} has {name} {came}, expected {expected}")
@@ -495,6 +498,16 @@ def train(
     return Dfno(student, config)
 
 
+def unmeasured(
+    config: DfnoConfig,  # about to be trained
+) -> str:                # "" where there is something to measure a student with
+    "Why `evaluate` will not be able to measure a student: it needs pictures, and training does without (`ValueError` for wrong ones)."
+    if config.teacher: load_teacher(config)
+    given = config.diffusion.data not in ("cifar10", "images") or config.diffusion.data_path
+    if config.diffusion.network.shape[-1] > 32 or given and load_data(config.diffusion): return ""
+    return "nobody said where the pictures lie to compare with (diffusion.data_path); evaluate takes data_path, too"
+
+
 def one_step(
     config: DfnoConfig,  # any configuration
     steps: int=1,        # optimiser steps
@@ -518,7 +531,7 @@ def sample(
     whole: bool=False,                     # the whole trajectory, instead of its last state
 ) -> torch.Tensor:                         # samples (count, *shape), about [-1, 1]; with `whole` (count, T, *shape)
     "Draw samples with one call of the network."
-    check_range(count, "count", 1)
+    check_range(count, "count", 1); check_seed(seed)
     if x_T is None: x_T = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed))
     if check_tensor(x_T, "x_T").shape[1:] != tuple(model.shape):
         raise ValueError(f"x_T: expected shape (B, {', '.join(map(str, model.shape))}), got {tuple(x_T.shape)}")
@@ -573,17 +586,21 @@ def evaluate(
     calls: tuple=(1, 2, 4, 8),       # of the teacher's DDIM
     seed: int=1000,                  # of the noise, other than the training's
     repeats: int=1,                  # runs of which the fastest is reported
+    data_path: str="",               # the folder of the pictures to compare with; "" is the configuration's
 ) -> list[dict]:                     # rows: sampler, calls, error (root mean square), frechet, seconds
     "One call of the student beside the teacher's DDIM, from the same noise: distance to where the teacher leads, and to the data."
     count = check_range(model.config.evaluated if count is None else count, "count", 2)
+    for steps in calls: check_range(steps, "calls", 1, 2**20)
+    check_range(repeats, "repeats", 1, 2**20); check_seed(seed)
+    distance = distance_to_data(replace(model.config.diffusion, data_path=data_path or model.config.diffusion.data_path))
     teacher = teacher or load_teacher(model.config, model.device)
     x_T = noise_for(range(count), model.shape, seed).to(model.device)
     labelled = model.config.classes and model.config.unlabelled < 1
     cond = {"class_label": torch.arange(count, device=model.device) % model.config.classes} if labelled else {}
-    distance, reference, rows = distance_to_data(model.config.diffusion), teacher_samples(model, teacher, x_T, **cond), []
+    reference, rows = teacher_samples(model, teacher, x_T, **cond), []
     draws = {("student", 1): functools.partial(sample, model, x_T=x_T, **cond)}
     draws |= {("DDIM", steps): functools.partial(teacher_samples, model, teacher, x_T, steps, **cond) for steps in calls}
-    for (name, steps), draw in draws.items():
+    for (name, steps), draw in progress(draws.items(), "measuring"):
         seconds = []
         for _ in range(repeats):
             began = time.perf_counter()
@@ -834,23 +851,24 @@ def demonstrate():  # a Demonstration
 
 # %% ../nbs/papers/02_dfno.ipynb #b6b004ef
 def _bench_blocks(device, batch=8):
-    "Rows: what the temporal blocks add to a call of the scenes' student, and to a step of its training."
+    "Parts: what the temporal blocks add to a call of the scenes' student, and to a step of its training."
     ours, bare = (build(CONFIGS["shapes"].override(modes=modes)).to(device) for modes in (2, 0))
     x_T = torch.randn(batch, *ours.shape, device=device)
     labels = {"class_label": torch.zeros(batch, dtype=torch.int64, device=device)}
     @torch.no_grad()
     def forward(model): model(x_T, **labels)
     def training(model): model(x_T, **labels).square().mean().backward()
-    return [{"what": f"student with temporal blocks against one without, {name}",
-             **paired(functools.partial(run, ours), functools.partial(run, bare), device=device)}
-            for name, run in (("forward", forward), ("forward and backward", training))]
+    def row(what, run): return {"what": what, **paired(functools.partial(run, ours), functools.partial(run, bare), device=device)}
+    names = {"forward": forward, "forward and backward": training}
+    return {what: functools.partial(row, what, run) for name, run in names.items()
+            for what in [f"student with temporal blocks against one without, {name}"]}
 
 
 def _bench_convolution(device, batch=8, pixels=16):
-    "Rows: our convolution along time against that of neuraloperator, on feature maps as the two students have them."
-    if not importlib.util.find_spec("neuralop"): return []
-    peer, rows = require("neuralop.layers.spectral_convolution", "bench").SpectralConv, []
-    for channels in (64, 256):
+    "Parts: our convolution along time against that of neuraloperator, on feature maps as the two students have them."
+    if not importlib.util.find_spec("neuralop"): return {}
+    peer = require("neuralop.layers.spectral_convolution", "bench").SpectralConv
+    def row(what, channels):
         ours = SpectralConv1d(channels, channels, 2).to(device)
         theirs = peer(channels, channels, (2,), bias=False).to(device)  # it keeps the modes 0 and 1, as ours does
         u = torch.randn(batch, 4, channels, pixels, pixels, device=device)
@@ -859,14 +877,14 @@ def _bench_convolution(device, batch=8, pixels=16):
         rows_of_times = u.permute(0, 3, 4, 2, 1).reshape(-1, channels, 4).contiguous()  # as the peer wants it
         @torch.no_grad()
         def other(): theirs(rows_of_times)
-        rows.append({"what": f"temporal convolution against neuraloperator, {channels} channels",
-                     **paired(mine, other, device=device)})
-    return rows
+        return {"what": what, **paired(mine, other, device=device)}
+    return {what: functools.partial(row, what, channels) for channels in (64, 256)
+            for what in [f"temporal convolution against neuraloperator, {channels} channels"]}
 
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:              # rows: what, seconds of both sides, median of the paired ratios
+) -> dict[str, Callable]:     # name -> measures it and returns a row: what, seconds of both sides, median of the paired ratios
     "What temporal blocks cost, and our temporal convolution beside the one of neuraloperator."
     device = check_device(device)
-    return _bench_blocks(device) + _bench_convolution(device)
+    return _bench_blocks(device) | _bench_convolution(device)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from .core.checkpoints import (CheckpointError, digest, load_checkpoint, load_configured, load_foreign,
                                                load_into, pretrained_path, save_checkpoint)
-from .core.checks import check_choice, check_device, check_images, check_range, require
+from .core.checks import check_choice, check_device, check_fields, check_images, check_range, check_seed, check_some, require
 from .core.configs import Config
 from .core.data import ImageFolder, TensorSet, check_data_labels, check_labels, cifar_folder, digits, idx_images
 from .core.denoisers import guided, per_sample
@@ -44,13 +44,13 @@ from .core.metrics import frechet_features, frechet_pixels, to_bytes
 from .core.networks import (UNet, UNetConfig, authors_keys, authors_tensors, sinusoids,
                                             unet_config)
 from .core.pictures import MAX_PIXELS
-from .core.privacy import (Ledger, Mechanism, check_private, clipped_sum, ghost_clipped_sum,
+from .core.privacy import (ACCOUNTANTS, Ledger, Mechanism, check_private, clipped_sum, ghost_clipped_sum,
                                            gradients_by_layer, noise_multiplier_for, noisy_mean, poisson_batch,
                                            public_generator, secret_generator)
 from .core.processes import LinearVP
 from .core.samplers import euler, karras_grid, white
 from .core.shapes_world import ShapesWorld, draw_scenes, judged, load_judge, scene_factors
-from .core.timing import alone, paired
+from .core.timing import alone, paired, progress
 from .core.training import (TrainingConfig, claim_folder, has_run, load_run, processes, save_run, step_seed,
                                             update_average)
 
@@ -114,6 +114,11 @@ class PerceptronConfig(Config):
     waves: int = 32     # of the noise level, and size of the class vector
     strength: float = 0.3 # standard deviation of the embedding's initial weights; PyTorch's default would be 0.1
 
+    def __post_init__(self):
+        check_fields(self, {"channels": (1, 2**20), "size": (1, 2**20), "classes": (0, 2**20), "width": (1, 2**20), "blocks": (1, 1000),
+                            "waves": (2, 2**20), "strength": (0.0, 1e3)})
+        if self.waves % 2: raise ValueError(f"waves: expected an even number, got {self.waves}")
+
     @property
     def shape(self): return (self.channels, self.size, self.size)
 
@@ -127,6 +132,11 @@ class MixerConfig(PerceptronConfig):
     width: int = 64
     blocks: int = 4     # of which each works along patches and along channels
     patch: int = 4      # side of a patch, pixels
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self.patch, "patch", 1, 2**20)
+        if self.size % self.patch: raise ValueError(f"patch: expected a divisor of the size {self.size}, got {self.patch}")
 
 
 class Embedding(nn.Module):
@@ -261,8 +271,10 @@ class DpdmConfig(Config):
         choices = {"data": ("digits", "glyphs", "shapes", "idx", "cifar", "images"), "kind": PARAMETERISATIONS,
                    "family": ("perceptron", "mixer", "unet")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        for name, low in (("draws", 1), ("chunk", 0), ("examples", 0), ("epsilon", 0.0), ("noise_multiplier", 0.0)):
-            check_range(getattr(self, name), name, low)
+        check_fields(self, {"draws": (1, 2**20), "chunk": (0, 2**40), "examples": (0, 2**40), "epsilon": (0.0, 1e6),
+                            "noise_multiplier": (0.0, 1e6), "delta": (1e-300, 1 - 1e-9), "level_mean": (-100.0, 100.0),
+                            "level_std": (1e-6, 100.0), "evaluated": (100, 2**31)})
+        check_choice(self.accountant, "accountant", ACCOUNTANTS)
         plain = TrainingConfig()
         for name in ("warmup", "decay", "weight_decay", "accumulate", "precision", "channels_last", "compile"):
             if getattr(self.training, name) != getattr(plain, name):
@@ -717,8 +729,9 @@ def sample(
     size: int=1000,          # images at once
 ) -> torch.Tensor:           # (count, C, H, W) in [-1, 1]; image n is of class n mod classes
     "Draw images, classes in turn: equal shares of all are public knowledge, their true shares are not."
+    check_range(count, "count", 1); check_range(size, "size", 1); check_range(steps, "steps", 2, 2**20); check_seed(seed)
     generator, found = torch.Generator().manual_seed(seed), []
-    for first in range(0, check_range(count, "count", 1), size):
+    for first in progress(range(0, count, size), "drawing"):
         number = torch.arange(first, min(first + size, count))
         label = (number % model.config.classes).to(model.device) if model.config.classes else None
         start = torch.randn(len(number), *model.shape, generator=generator).to(model.device)
@@ -836,12 +849,18 @@ def evaluate(
 ) -> list[dict]:  # rows: how, frechet (pixels; for scenes the judge's features), accuracy of each kind
     ("Draw samples, and ask what they are good for. A run that is private, or on a user's pictures, is not measured "
      "unasked: to look at real pictures costs budget.")
+    ways = (how,) if isinstance(how, str) else how
+    for way in check_some(ways, "how"): check_choice(way, "how", SAMPLING)
+    for kind in kinds: check_choice(kind, "kinds", CLASSIFIERS)
+    check_range(steps, "steps", 2, 2**20); check_range(guidance, "guidance", 0.0); check_range(amount, "amount", 0.0)
+    check_range(lr, "lr", 1e-12, 1e3); check_range(epochs, "epochs", 1, 2**20); check_seed(seed)
+    if count is not None: check_range(count, "count", 100)
     if data is None and (not model.config.public or model.config.data not in PUBLIC_DATA): return []
     real = data if data is not None else test_data(model.config)
     real = real[list(range(len(real)))]
-    count, rows = model.config.evaluated if count is None else check_range(count, "count", 100), []
+    count, rows = count or model.config.evaluated, []
     labels = torch.arange(count) % model.config.classes if model.config.classes else None
-    for way in (how,) if isinstance(how, str) else how:
+    for way in progress(ways, "measuring"):
         images = sample(model, count, how=way, steps=steps, guidance=guidance, amount=amount, seed=seed)
         if data is None and model.config.data == "shapes": row = judged_scenes(images, labels, real["x0"])
         else: row = {"frechet": frechet_pixels(images, real["x0"])}
@@ -1223,15 +1242,14 @@ def bench_step(
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios, memory of both sides
+) -> dict[str, Callable]:  # name -> measures it: what, seconds of both sides, median of the paired ratios, memory of both sides
     "One private step without its noise, against opacus' hooks on the same network."
-    device, rows = check_device(device), []
-    for name, (_, count) in BENCHMARKS.items():
-        for draws in (1, 8):
-            ours, theirs = (bench_step(name, draws, side, device) for side in ("ours", "opacus"))
-            memory = {side: alone("from diffusion_papers.dpdm import bench_step\n"
-                                  f"step = bench_step({name!r}, {draws}, {side!r}, {device!r})", "step()", device)
-                      for side in ("ours", "opacus")}
-            rows.append({"what": f"{name}, K = {draws}", "pictures": count, **paired(ours, theirs, 7, device=device),
-                         "MiB": {side: cost["peak MiB"] - cost["MiB before"] for side, cost in memory.items()}})
-    return rows
+    device = check_device(device)
+    def row(name, draws):
+        ours, theirs = (bench_step(name, draws, side, device) for side in ("ours", "opacus"))
+        memory = {side: alone("from diffusion_papers.dpdm import bench_step\n"
+                              f"step = bench_step({name!r}, {draws}, {side!r}, {device!r})", "step()", device)
+                  for side in ("ours", "opacus")}
+        return {"what": f"{name}, K = {draws}", "pictures": BENCHMARKS[name][1], **paired(ours, theirs, 7, device=device),
+                "MiB": {side: cost["peak MiB"] - cost["MiB before"] for side, cost in memory.items()}}
+    return {f"{name}, K = {draws}": functools.partial(row, name, draws) for name in BENCHMARKS for draws in (1, 8)}

@@ -36,8 +36,8 @@ from torch.utils.data import Dataset, Subset
 
 from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into, plain_names,
                                                pretrained_path, save_configured)
-from .core.checks import (came, check_choice, check_device, check_images, check_range, check_tensor, clipped,
-                                          require)
+from .core.checks import (came, check_choice, check_device, check_fields, check_images, check_range, check_seed,
+                                          check_some, check_tensor, clipped, require)
 from .core.configs import Config
 from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
                                                reduced_and_repeated)
@@ -53,7 +53,7 @@ from .core.pictures import MAX_PIXELS, Picture, read_mask, read_picture, write_p
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
 from .core.shapes_world import ShapesWorld
-from .core.timing import alone, paired
+from .core.timing import alone, paired, progress
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/03_i2sb.ipynb #ec27d7b7
@@ -308,6 +308,15 @@ class FilmConfig(Config):
     conditioning: int = 0            # channels of an image beside the input
     time_scale: float = 1.0          # the label is multiplied by this
 
+    def __post_init__(self):
+        check_some(self.dilations, "dilations")
+        check_fields(self, {"channels": (1, 2**20), "size": (1, 2**20), "width": (1, 2**20), "dilations": (1, 2**20), "patch": (1, 2**10),
+                            "groups": (0, 2**20), "conditioning": (0, 2**20), "time_scale": (1e-9, 1e9)})
+        if self.groups and self.width % self.groups:
+            raise ValueError(f"width: expected a multiple of the {self.groups} groups, got {self.width}; or change groups")
+        if self.width % 2: raise ValueError(f"width: expected an even number, got {self.width}")
+        if self.size % self.patch: raise ValueError(f"patch: expected a divisor of the size {self.size}, got {self.patch}")
+
     @property
     def shape(self): return (self.channels, self.size, self.size)
 
@@ -395,7 +404,10 @@ class I2sbConfig(Config):
                    "path": ("task", "stochastic", "deterministic"), "prediction": ("eps", "v"),
                    "family": ("film", "adm")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_range(self.beta_max, "beta_max", 0.0); task_names(self.task)
+        check_fields(self, {"interval": (4, 2**20), "beta_max": (0.0, 1e6), "evaluated": (2, 2**31)})
+        check_seed(self.seed); task_names(self.task)
+        try: self.schedule
+        except ValueError as error: raise ValueError(f"interval and beta_max: {error}") from error
 
     @property
     def first_task(self): return TASKS[task_names(self.task)[0]]
@@ -693,13 +705,15 @@ def evaluate(
     data=None,                # clean images (map-style data set); None is `test_data`
 ) -> list[dict]:  # rows: calls, psnr in decibels, and for digits frechet and accuracy; 0 calls is the degraded image
     "Restore images, and compare with the clean ones."
+    for number in calls: check_range(number, "calls", 1, len(model.schedule))
+    check_seed(seed)
     data = test_data(model.config) if data is None else data
     count = min(check_range(model.config.evaluated if count is None else count, "count", 2), len(data))
     samples = [data[index] for index in range(count)]
     x0 = check_images(torch.stack([sample["x0"] for sample in samples]))
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
     rows = []
-    for number in (0, *calls):
+    for number in progress((0, *calls), "measuring"):
         images = (x1 if number == 0 else restore_images(model, x1, mask, calls=number, seed=seed).cpu()).clamp(-1, 1)
         row = {"calls": number, "psnr": psnr(images, x0).mean().item(), "frechet": None, "accuracy": None}
         if model.config.data == "digits":
@@ -753,6 +767,7 @@ def sample(
     max_pixels: int=MAX_PIXELS, # above which a picture of the folder is refused
 ) -> torch.Tensor:           # damaged, restored, clean (3 count, C, H, W), in [-1, 1]
     "Damage images and restore them."
+    check_range(calls, "calls", 1, len(model.schedule)); check_seed(seed)
     data = ImageFolder(data_path, model.shape[-1], max_pixels=max_pixels) if data_path else test_data(model.config)
     x0 = torch.stack([data[index]["x0"] for index in range(min(check_range(count, "count", 1), len(data)))])
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
@@ -923,6 +938,7 @@ def restore(
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     check_picture(model, task, mask)
+    check_range(tile, "tile", 16, 2**12); check_range(calls, "calls", 1, len(model.schedule)); check_seed(seed)
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % 16: raise ValueError(f"{name}: expected a multiple of 16, got {value}")
     check_range(overlap, "overlap", 0, tile - 16); check_range(piece, "piece", 1); check_range(batch_size, "batch_size", 1)
@@ -1286,7 +1302,7 @@ def demonstrate():  # a Demonstration
 
 # %% ../nbs/papers/03_i2sb.ipynb #ca7b1650
 def _bench_corruptions(device):
-    "Rows: what images suffer, beside plain library calls."
+    "Parts: what images suffer, beside plain library calls."
     images = (torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
     kernel, widths = torch.ones(3, 1, 9, 9, device=device) / 81, torch.linspace(1, 2, 32, device=device)
     smooth = require("scipy.ndimage", "data").gaussian_filter
@@ -1304,14 +1320,13 @@ def _bench_corruptions(device):
             lambda: gaussian_blur(images, widths),
             lambda: [smooth(image.cpu().numpy(), (0, width, width), mode="nearest")
                      for image, width in zip(images, widths.tolist())])}
-    return [{"what": f"{name}, 32 images of 64 pixels", **paired(ours, peer, device=device)}
-            for name, (ours, peer) in pairs.items()]
+    def row(what, ours, peer): return {"what": what, **paired(ours, peer, device=device)}
+    return {what: functools.partial(row, what, *sides) for name, sides in pairs.items() for what in [f"{name}, 32 images of 64 pixels"]}
 
 
 def _bench_sampler(device, calls=10):
-    "Rows: what the loop costs over bare calls of the network."
-    rows = []
-    for name, batch in (("i2sb_digits", 64), ("i2sb_jpeg", 8)):
+    "Parts: what the loop costs over bare calls of the network."
+    def row(what, name, batch):
         model = load_pretrained(name, device)
         x1 = (torch.rand(batch, *model.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
         index = torch.full((batch,), len(model.schedule) // 2, device=device)
@@ -1319,19 +1334,24 @@ def _bench_sampler(device, calls=10):
             with torch.no_grad():
                 for _ in range(calls): model(x1, index)
         loop = functools.partial(restore_images, model, x1, calls=calls)
-        rows.append({"what": f"{name}: {calls} calls of the sampler against bare calls of the network",
-                     **paired(loop, bare, device=device)})
-    return rows
+        return {"what": what, **paired(loop, bare, device=device)}
+    return {what: functools.partial(row, what, name, batch) for name, batch in (("i2sb_digits", 64), ("i2sb_jpeg", 8))
+            for what in [f"{name}: {calls} calls of the sampler against bare calls of the network"]}
+
+
+def _bench_picture(side, device):
+    "Row: time and memory of restoring a picture, in a process of its own."
+    return {"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
+        "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
+        f"picture = torch.rand(3, {side}, {side})",
+        f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)}
 
 
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
-) -> list[dict]:  # rows: what, seconds of both sides, median of the paired ratios; for pictures seconds and peak memory
+) -> dict[str, Callable]:  # name -> measures it: what, seconds of both sides, median of the paired ratios; for pictures peak memory
     "Corruptions beside plain library calls, the sampler beside bare calls of the network, pictures of several sizes."
-    device, pictures = check_device(device), []
-    for side in (512, 1024, 2048, 3072):
-        pictures.append({"what": f"restore a picture of {side}x{side} pixels with one call", **alone(
-            "import torch\nfrom diffusion_papers import i2sb\nmodel = i2sb.shipped('jpeg')\n"
-            f"picture = torch.rand(3, {side}, {side})",
-            f"i2sb.restore(picture, 'jpeg', model=model, calls=1, device={device!r}, progress=False)", device)})
-    return _bench_corruptions(device) + _bench_sampler(device) + pictures
+    device = check_device(device)
+    pictures = {f"restore a picture of {side}x{side} pixels": functools.partial(_bench_picture, side, device)
+                for side in (512, 1024, 2048, 3072)}
+    return _bench_corruptions(device) | _bench_sampler(device) | pictures

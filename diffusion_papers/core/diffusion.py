@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .checkpoints import CheckpointError, load_checkpoint, load_into, pretrained_path
-from .checks import check_choice, check_range
+from .checks import check_choice, check_fields, check_range, check_seed
 from .configs import Config
 from .data import ImageFolder, Mirrored, check_data_labels, check_labels, cifar_folder, digits
 from .denoisers import LABELS, PREDICTIONS, Denoiser, denoising_loss, per_sample
@@ -57,7 +57,8 @@ class DiffusionConfig(Config):
     def __post_init__(self):
         choices = {"data": DATA, "process": PROCESSES, "family": ("mlp", *FAMILIES), "prediction": PREDICTIONS, "label": LABELS}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_range(self.label_dropout, "label_dropout", 0.0, 1.0)
+        check_fields(self, {"label_dropout": (0.0, 1.0), "low_size": (0, 2**20)})
+        check_seed(self.seed)
         if self.family == "mlp": return
         if self.unet.embedding == "fourier" and self.label != "time":
             raise ValueError("label: this U-Net takes the logarithm itself, so it must be told the time")

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from .checkpoints import write_tensors
 from .checks import check_images, check_range, require
 from .configs import differences
+from .files import read_json
 from .evidence import write_json
 from .files import locked
 from .metrics import Moments, to_bytes
@@ -65,7 +66,7 @@ def generate(
         place = folder / "about.json"
         if ours.is_main_process and not place.is_file(): write_json(place, described)
         ours.wait_for_everyone()
-        there = json.loads(place.read_text(encoding="utf-8"))
+        there = read_json(place)
         if changed := differences(there, described, {f"about.{name}" for name in free}):
             raise ValueError(f"folder: {folder} holds other samples: {', '.join(changed)}")
         missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
@@ -89,7 +90,7 @@ class Generated(Dataset):
     ):
         self.folder, place = Path(folder), Path(folder) / "about.json"
         if not place.is_file(): raise FileNotFoundError(f"folder: {folder} holds no generated samples (no about.json)")
-        described = json.loads(place.read_text(encoding="utf-8"))
+        described = read_json(place)
         self.count, self.size, self.about = described["count"], described["size"], described["about"]
         missing = [p.start for p in pieces(self.count, self.size) if not _file(folder, p.start).is_file()]
         if missing:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import CheckpointError, load_foreign, load_into, plain_names
-from .checks import check_choice, check_range
+from .checks import check_choice, check_fields, check_range, check_some
 from .configs import Config
 
 # %% ../../nbs/core/07_networks.ipynb #e59923cf
@@ -102,9 +102,10 @@ class MLPConfig(Config):
     highest: float = 4.0      # their largest angular frequency; high ones make a network that is rough along the path
 
     def __post_init__(self):
-        for name in ("width", "blocks"): check_range(getattr(self, name), name, 1)
-        check_range(self.classes, "classes", 0)
-        if self.highest <= 0: raise ValueError(f"highest: expected a value above 0, got {self.highest}")
+        check_some(self.shape, "shape")
+        check_fields(self, {"shape": (1, 2**20), "width": (1, 2**20), "blocks": (1, 1000), "classes": (0, 2**20), "fourier": (2, 2**20)})
+        if not 0 < self.highest < math.inf: raise ValueError(f"highest: expected a value above 0, got {self.highest}")
+        if self.fourier % 2: raise ValueError(f"fourier: expected an even number, got {self.fourier}")
 
 # %% ../../nbs/core/07_networks.ipynb #f755c865
 class ResidualMLP(nn.Module):
@@ -192,6 +193,12 @@ class UNetConfig(Config):
                    "class_form": ("table", "early", "linear"),
                    "qkv_order": ("parts_first", "heads_first"), "attention_up": ("every", "last")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
+        size, count = (1, 2**20), (0, 2**20)
+        check_some(self.multipliers, "multipliers")
+        check_fields(self, {"image_size": size, "in_channels": size, "out_channels": size, "width": size, "multipliers": size,
+                            "attention": size, "blocks": (1, 1000), "conditioning": count, "embedding_width": count,
+                            "classes": count, "head_width": count, "dropout": (0.0, 1 - 1e-9), "time_scale": (1e-9, 1e9),
+                            "norm_eps": (1e-30, 1.0)})
         attending = [m for level, m in enumerate(self.multipliers) if self.image_size >> level in self.attention]
         for channels in {self.width * m for m in (*attending, self.multipliers[-1])}:
             if self.head_width and channels % self.head_width:

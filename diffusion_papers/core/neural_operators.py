@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import check_range
+from .checks import check_fields, check_range
 from .configs import Config
 from .networks import sinusoids
 
@@ -165,6 +165,9 @@ class FnoConfig(Config):
     modes: int = 10     # waves with a number up to this one, along each axis
     blocks: int = 3     # with a residual around each
     waves: int = 32     # sine and cosine features of the label
+
+    def __post_init__(self):
+        check_fields(self, {"channels": (1, 2**20), "width": (1, 2**20), "modes": (0, 2**20), "blocks": (1, 1000), "waves": (1, 2**20)})
 
 
 class FnoBlock(nn.Module):

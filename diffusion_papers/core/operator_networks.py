@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import check_range
+from .checks import check_fields, check_range, check_some
 from .configs import Config
 from .networks import sinusoids
 from .neural_operators import spectral_convolution_2d, values_2d, waves_2d
@@ -113,6 +113,11 @@ class FnoUNetConfig(Config):
     multipliers: tuple = (1, 2, 2)  # channels of each level, in widths
     blocks: int = 4        # residual blocks of a level on the way down; one more on the way up
     groups: int = 32       # of the norm
+
+    def __post_init__(self):
+        check_some(self.multipliers, "multipliers")
+        check_fields(self, {"channels": (1, 2**20), "width": (1, 2**20), "modes": (0, 2**20), "multipliers": (1, 2**20),
+                            "blocks": (1, 1000), "groups": (1, 2**20)})
 
 
 class TimedBlock(nn.Module):
@@ -244,6 +249,11 @@ class UShapedConfig(Config):
     modes: float = 0.5      # waves of a block, as a share of its points
     rank: float = 0.1       # share of the numbers of a kernel
     legacy_resample: bool = False  # put negative waves where the released program puts them
+
+    def __post_init__(self):
+        if len(self.multipliers) != 4: raise ValueError(f"multipliers: expected four, one a block, got {self.multipliers}")
+        check_fields(self, {"channels": (1, 2**20), "width": (1, 2**20), "size": (1, 2**20), "pad": (0, 2**20), "multipliers": (1, 2**20),
+                            "modes": (1e-6, 1.0), "rank": (1e-6, 1.0)})
 
 
 class UBlock(nn.Module):

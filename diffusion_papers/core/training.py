@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .checkpoints import CheckpointError, check_fits, load_checkpoint, load_into, plain_names, save_checkpoint
-from .checks import check_choice, check_device, check_range, require
+from .checks import check_choice, check_device, check_fields, check_range, check_seed, require
 from .configs import Config, differences
 from .evidence import write_json
 from .files import former_place, locked
@@ -55,11 +55,12 @@ class TrainingConfig(Config):
         return super().free() | ({"steps"} if self.decay == "constant" or self.decay_steps else set())
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"): check_range(getattr(self, name), name, 1)
-        check_range(self.ema, "ema", 0.0, 1 - 1e-9)
-        check_range(self.lr, "lr", 0.0)
-        check_range(self.warmup, "warmup", 0); check_range(self.decay_steps, "decay_steps", 0)
-        if self.clip <= 0: raise ValueError(f"clip: expected a norm above 0, got {self.clip}")
+        long = 2**40  # steps, more than anybody waits for
+        check_fields(self, {"steps": (1, long), "batch_size": (1, 2**31), "accumulate": (1, 2**31), "checkpoint_every": (1, long),
+                            "warmup": (0, long), "decay_steps": (0, long), "ema": (0.0, 1 - 1e-9), "lr": (1e-12, 1e3),
+                            "weight_decay": (0.0, 1e3)})
+        check_seed(self.seed)
+        if not 0 < self.clip < math.inf: raise ValueError(f"clip: expected a norm above 0, got {self.clip}")
         check_choice(self.decay, "decay", ("constant", "linear", "cosine", "halving"))
         check_choice(self.precision, "precision", ("no", "bf16", "fp16"))
 
