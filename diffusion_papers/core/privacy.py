@@ -524,7 +524,7 @@ def check_private(
         for name in _changed_by_a_pass(model, loss, batch):
             owner = model.get_submodule(name.rpartition(".")[0])
             found.append(f"{name.rpartition('.')[0] or 'the model'} ({type(owner).__name__}) changes {name} in a pass")
-    if found: raise ValueError(f"model: expected parts that keep examples apart and store nothing; {'; '.join(found)}")
+    if found: raise ValueError(f"model: expected parts that keep examples apart; {'; '.join(found)}")
     return model
 
 # %% ../../nbs/core/23_privacy.ipynb #77c73d11
