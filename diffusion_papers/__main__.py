@@ -369,7 +369,8 @@ def parser(
     command("results", do_results,
             lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.",
             verify={"action": "store_true", "help": "instead, stamp results that changed code still gives, by probes that run both"})
-    for sub in command("spent", do_spent, delta={"type": float, "help": "of all of them together (default: the smallest of the ledgers')"}).values():
+    for sub in command("spent", do_spent, delta={
+            "type": float, "help": "of all of them together (default: the smallest of the ledgers')"}).values():
         sub.add_argument("ledgers", nargs="+", metavar="LEDGER", help="a ledger file, or the folder of a run that holds one")
     command("bench", do_bench, lambda slug: "The table goes to data/benchmarks/.", device=device)
     command("scale", do_scale, lambda slug: "The table goes to data/benchmarks/.", device=device)

@@ -265,7 +265,8 @@ def test_the_command_adds_up_files_and_folders(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "guarantee is void" in told and "1400 and of 1437 examples" in told
     two.write_text(two.read_text()[:-30])
-    for bad, why in ((two, "two/ledger.json is damaged"), (tmp_path, f"no ledger {tmp_path}"), (tmp_path / "x", "there is no ledger")):
+    for bad, why in ((two, "two/ledger.json is damaged"), (tmp_path, f"no ledger {tmp_path}"),
+                     (tmp_path / "nothing", "there is no ledger")):
         assert main(["spent", str(one), str(bad)]) == 1
         found = capsys.readouterr()
         assert why in found.err and "epsilon" not in found.out
@@ -480,7 +481,8 @@ def test_no_function_makes_privacy_of_nonsense(bad):
     if bad != 1e200:
         for name, call in (("steps", lambda: step(steps=bad)), ("target_epsilon", lambda: noise(target_epsilon=bad)),
                            ("tolerance", lambda: noise(tolerance=bad)), ("steps", lambda: Mechanism(steps=bad)),
-                           ("steps", lambda: privacy.gaussian_epsilon(2.0, bad, 1e-5)), ("clip", lambda: privacy.clip_factors(torch.ones(1), bad)),
+                           ("steps", lambda: privacy.gaussian_epsilon(2.0, bad, 1e-5)),
+                           ("clip", lambda: privacy.clip_factors(torch.ones(1), bad)),
                            ("expected_batch", lambda: privacy.noisy_mean(sums, 1.0, 1.0, bad, privacy.public_generator(0)))):
             with pytest.raises(ValueError, match=f"{name}: expected"): call()
     factors = privacy.clip_factors(torch.tensor([bad, 0.5, -0.5]), 1.0)
@@ -504,8 +506,8 @@ def test_no_setting_gives_nan(q, noise, steps, delta):
 
 def test_the_smaller_of_two_bounds_is_stated(monkeypatch):
     pytest.importorskip("opacus")
-    for q, noise, steps in ((0.001, 20.0, 1), (0.001, 500.0, 2000), (0.07, 20.0, 1), (0.07, 500.0, 100), (0.5, 500.0, 100), (1.0, 500.0, 1),
-                            (0.07, 2.5, 100)):
+    for q, noise, steps in ((0.001, 20.0, 1), (0.001, 500.0, 2000), (0.07, 20.0, 1), (0.07, 500.0, 100),
+                            (0.5, 500.0, 100), (1.0, 500.0, 1), (0.07, 2.5, 100)):
         for delta in (1e-5, 1e-9):
             both = [privacy.epsilon_spent(q, noise, steps, delta, name) for name in ("prv", "rdp_wide")]
             assert both[0] <= both[1], (q, noise, steps, delta)

@@ -145,7 +145,7 @@ ACCOUNTANTS = ("rdp", "rdp_wide", "prv")
 
 @functools.lru_cache(maxsize=256)
 def _prv_epsilon(history, delta):
-    "Opacus's numerical composition of (noise multiplier, q, steps); a second or so, more for many steps. Infinite where it finds no answer."
+    "Opacus's numerical composition of (noise multiplier, q, steps), in a second or more; infinite where it finds no answer."
     accountant = require("opacus.accountants", "privacy").PRVAccountant()
     accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # about the order list of its own first guess, and log 0
@@ -452,15 +452,13 @@ def public_generator(
     return torch.Generator(device).manual_seed(seed)
 
 # %% ../../nbs/core/23_privacy.ipynb #d18517dc
-_IN_PLACE = ("detach", "view")  # what they return shares its memory with the tensor they belong to
-
-
 def _own_tensor(node):
     "The name in self.name, self.name[...], self.name.mul_(...) and the like; None for other expressions."
     while isinstance(node, (ast.Subscript, ast.Attribute, ast.Call)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self": return node.attr
         if isinstance(node, ast.Call):
-            if not (isinstance(node.func, ast.Attribute) and (node.func.attr.endswith("_") or node.func.attr in _IN_PLACE)): return None
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if not method.endswith("_") and method not in ("detach", "view"): return None  # it returns another tensor
             node = node.func
         node = node.value
 
@@ -526,7 +524,7 @@ def check_private(
         for name in _changed_by_a_pass(model, loss, batch):
             owner = model.get_submodule(name.rpartition(".")[0])
             found.append(f"{name.rpartition('.')[0] or 'the model'} ({type(owner).__name__}) changes {name} in a pass")
-    if found: raise ValueError(f"model: expected parts that keep examples apart and store nothing; {'; '.join(found)}")
+    if found: raise ValueError(f"model: expected parts that keep examples apart; {'; '.join(found)}")
     return model
 
 # %% ../../nbs/core/23_privacy.ipynb #77c73d11
