@@ -252,6 +252,15 @@ def test_fit_and_generate_have_a_folder_of_their_own_and_leave_it(tmp_path):
         generate(draw, 8, tmp_path / "samples", size=4, about={"seed": 2, "where": "here"}, device="cpu")
 
 
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    for name in ("run.safetensors.7.tmp", "run.previous.safetensors.7.tmp", "notes.tmp"): (tmp_path / name).touch()
+    train(Tied(), tmp_path)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
+    (tmp_path / "samples").mkdir(); (tmp_path / "samples" / "000000000.safetensors.7.tmp").touch()
+    generate(lambda piece: {"x0": torch.zeros(len(piece), 2)}, 4, tmp_path / "samples", device="cpu")
+    assert not list((tmp_path / "samples").glob("*.tmp"))
+
+
 # genie's head
 
 def test_a_head_or_a_denoiser_of_another_form_is_refused_before_the_work(tmp_path):

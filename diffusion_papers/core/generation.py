@@ -64,7 +64,9 @@ def generate(
     described = {"count": count, "size": size, "about": about or {}}
     with locked(folder / "about.lock", f"folder: {folder}") if ours.is_main_process else nullcontext():
         place = folder / "about.json"
-        if ours.is_main_process and not place.is_file(): write_json(place, described)
+        if ours.is_main_process:
+            for left in folder.glob("*.tmp"): left.unlink()  # of a process that was killed while it wrote
+            if not place.is_file(): write_json(place, described)
         ours.wait_for_everyone()
         there = read_json(place)
         if changed := differences(there, described, {f"about.{name}" for name in free}):

@@ -367,6 +367,8 @@ def fit(
         raise ValueError("model: expected a parameter to train, got none that requires a gradient (an average of `fit` is frozen)")
     path = Path(folder) / "run.safetensors" if folder else None
     with locked(path.with_name("run.lock"), f"folder: {folder}") if path and accelerator.is_main_process else nullcontext():
+        if path and accelerator.is_main_process:
+            for left in path.parent.glob("run.*.tmp"): left.unlink()  # of a process that was killed while it wrote
         return _fit(accelerator, model, loss, data, config, path, resume, workers, callback, title)
 
 
