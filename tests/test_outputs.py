@@ -3,9 +3,11 @@ import importlib
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion_papers.core.printing import bounded, percent, rounded
 
@@ -65,6 +67,11 @@ def test_printed_numbers_have_no_minus_before_a_zero_and_rounding_errors_are_bou
     assert [percent(share) for share in (-1e-9, 0.256, -0.256, -0.0)] == ["0%", "26%", "-26%", "0%"]
     assert [rounded(value, 1) for value in (-0.04, -0.06, 0.04)] == ["0.0", "-0.1", "0.0"]
     assert {bounded(value, 1e-6) for value in (2e-8, -9e-8, 3e-7, 0.0)} == {"below 1e-06"}
+    assert (percent(1.0), percent(-1.0), rounded(float("nan")), percent(0.105, 1)) == ("100%", "-100%", "nan", "10.5%")
+    learned = torch.zeros((), requires_grad=True) - 1e-9  # no warning that it has a gradient: that would be one more output
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (rounded(learned), percent(learned), bounded(learned, 1e-6)) == ("0.00", "0%", "below 1e-06")
     for wrong in (1e-6, -2e-6, float("nan")):
         with pytest.raises(ValueError, match="value: expected below 1e-06"): bounded(wrong, 1e-6)
 
