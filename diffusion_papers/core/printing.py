@@ -7,25 +7,30 @@ __all__ = ['rounded', 'percent', 'bounded']
 
 # %% ../../nbs/core/30_printing.ipynb #02be7e42
 def rounded(
-    value,         # a number, or a tensor of one
+    value,         # a number, or a tensor without axes
     digits: int=2, # behind the point
 ) -> str:          # for instance "0.25"
     "A number with some digits behind the point, and no minus before a zero."
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+    return _without_minus_zero(f"{value:.{digits}f}")
 
 
 def percent(
-    value,         # a share, where 1 is everything
+    value,         # a share, where 1 is everything: a number, or a tensor without axes
     digits: int=0, # behind the point
 ) -> str:          # for instance "25%"
     "A share in percent, and no minus before a zero."
-    return f"{rounded(100 * float(value), digits)}%"
+    return _without_minus_zero(f"{value:.{digits}%}")
+
+
+def _without_minus_zero(text):
+    "A printed number, without its minus where all digits are zeros."
+    return text if text.strip("-0.%") else text.lstrip("-")
 
 # %% ../../nbs/core/30_printing.ipynb #86ddd7f5
 def bounded(
-    value,        # what should be small: a number, or a tensor of one; its sign does not matter
+    value,        # what should be small, whatever its sign: a number, or a tensor without axes
     bound: float, # what it stays below on every machine
 ) -> str:         # for instance "below 1e-06"
     "The bound of a rounding error in words, when it holds (`ValueError` when it does not, or when the value is NaN)."
-    if not abs(float(value)) < bound: raise ValueError(f"value: expected below {bound:g}, got {float(value):g}")
+    if not abs(value) < bound: raise ValueError(f"value: expected below {bound:g}, got {value:g}")
     return f"below {bound:g}"
