@@ -11,7 +11,6 @@ __all__ = ['WORDS', 'ELSEWHERE', 'PRIVATE_DATA', 'KNOWN', 'FAULTS', 'SMALLER', '
 import argparse
 import ast
 import inspect
-import math
 import os
 import reprlib
 import shlex
@@ -20,7 +19,6 @@ import time
 import traceback
 import typing
 import warnings
-from functools import partial
 from pathlib import Path
 from types import NoneType
 
@@ -29,7 +27,7 @@ import torch
 from .core.checks import check_device, check_range
 from .core.configs import Config, describe
 from .core.files import check_output, whole_file
-from .core.registry import COMMANDS, UnfinishedPaper, paper, papers, unfinished
+from .core.registry import UnfinishedPaper, paper, papers, unfinished
 
 # %% ../nbs/command_line.ipynb #28123557
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", tuple: "a list", NoneType: "none"}

@@ -19,7 +19,6 @@ from diffusion_papers import ddo, dpdm, genie, i2sb
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 from diffusion_papers.core.diffusion import DiffusionConfig, load_denoiser
 from diffusion_papers.core.files import former_place, whole_file
-from diffusion_papers.core.generation import generate
 from diffusion_papers.core.networks import authors_keys, authors_tensors, unet_config
 from diffusion_papers.core.operator_networks import operator_keys
 
@@ -87,7 +86,6 @@ def test_a_full_disk_at_a_checkpoint_is_told_in_a_line_and_the_former_survives(t
 def test_a_full_disk_leaves_pieces_and_pages_as_they_were(tmp_path):
     program = """
 import resource, sys, torch
-from diffusion_papers.core.generation import generate
 from diffusion_papers.core import page
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 for write in (lambda: generate(lambda piece: {"x0": torch.zeros(len(piece), 500)}, 4, sys.argv[1] + "/samples", size=2, device="cpu"),

@@ -1,5 +1,4 @@
 """Folders and labels as people bring them: litter, links, classes, other archives, labels that count from 1; drawn at random, with the right answer beside."""
-import os
 import tempfile
 import warnings
 from dataclasses import replace

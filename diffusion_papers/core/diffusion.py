@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .checkpoints import CheckpointError, load_checkpoint, load_into, pretrained_path
-from .checks import check_choice, check_fields, check_range, check_seed
+from .checks import check_choice, check_fields, check_seed
 from .configs import Config
 from .data import ImageFolder, Mirrored, check_data_labels, check_labels, cifar_folder, digits
 from .denoisers import LABELS, PREDICTIONS, Denoiser, denoising_loss, per_sample

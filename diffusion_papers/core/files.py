@@ -6,6 +6,7 @@
 __all__ = ['whole_file', 'former_place', 'read_json', 'check_output', 'locked']
 
 # %% ../../nbs/core/28_files.ipynb #702606e9
+import errno
 import json
 import os
 import shutil
@@ -91,7 +92,7 @@ def locked(
     path: Path | str,  # of the lock, for instance FOLDER/run.lock
     claim: str,        # what is taken, for the error, for instance "folder: runs/digits"
 ):                     # an open file: the lock is held until it is closed, or the process ends
-    "Take a lock that one holder at a time can have, in this process or another (`RuntimeError` while it is taken)."
+    "Take a lock that one holder at a time can have, in this process or another (`RuntimeError` while it is taken, `OSError` where there are no locks)."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
@@ -100,6 +101,8 @@ def locked(
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):  # nobody has it; this file system knows no locks
+            raise OSError(f"{claim} cannot be locked ({error.strerror}); choose a folder on another disk") from error
         raise RuntimeError(f"{claim} is in use by {holder}; it serves one run at a time") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}"); file.flush()

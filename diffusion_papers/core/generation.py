@@ -7,7 +7,6 @@ __all__ = ['pieces', 'noise_for', 'generate', 'Generated', 'generated_moments', 
 
 # %% ../../nbs/core/18_generation.ipynb #96f45d57
 import functools
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path

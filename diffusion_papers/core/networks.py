@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import CheckpointError, load_foreign, load_into, plain_names
-from .checks import check_choice, check_fields, check_range, check_some
+from .checks import check_choice, check_fields, check_some
 from .configs import Config
 
 # %% ../../nbs/core/07_networks.ipynb #e59923cf
