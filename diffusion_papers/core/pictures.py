@@ -47,6 +47,9 @@ class _Decoded(NamedTuple):
     lossy: bool         # whether the format changes values
 
 
+class _TooLarge(ValueError): "A picture with more pixels than were asked for."
+
+
 def _frames(file):
     "How many pages or frames a file has."
     try: return getattr(file, "n_frames", 1)
@@ -102,18 +105,17 @@ def _decoded(picture, name, max_pixels):
         with open(picture, "rb") if isinstance(picture, (str, Path)) else nullcontext(picture) as stream:
             with _pillow_limit(None): file = image.open(stream) if ours else picture
             across, down = file.size
-            if across * down > max_pixels: raise MemoryError
+            if across * down > max_pixels:
+                raise _TooLarge(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
+                                f"max_pixels={max_pixels}; raise that to read it all the same")
             if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
             with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
             return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy)
-    except ImportError: raise
+    except (ImportError, MemoryError, _TooLarge): raise
     except image.UnidentifiedImageError:
         raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
     except FileNotFoundError as error: raise FileNotFoundError(f"{name}: there is no {called}") from error
-    except MemoryError:
-        raise ValueError(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
-                         f"max_pixels={max_pixels}; raise that to read it all the same") from None
     except Exception as error:  # Pillow raises several kinds for damaged files
         raise ValueError(f"{name}: {called} cannot be read as a picture ({error})") from error
 
@@ -326,18 +328,21 @@ def _hole(decoded):
     decoded.image.info.pop("icc_profile", None)  # which red it is does not matter here
     levels, alpha = _levels(decoded)
     levels = _array(levels)
-    if alpha is not None and not (painted := alpha > alpha.max() / 2).all(): return _hole_by_opacity(levels, alpha, painted)
+    if alpha is not None and not (painted := alpha > alpha.max() / 2).all(): return _hole_by_opacity(levels, alpha, painted, decoded.lossy)
     if labels is not None and len(found := np.unique(labels)) == 2:
         colours = np.stack([levels[labels == label][0] for label in found]).astype(int)
         if np.ptp(colours, axis=1).max() > 8 or (colours[0] == colours[1]).all(): return labels == found[1]
     return _hole_by_brightness(levels @ np.array([0.299, 0.587, 0.114]) if levels.shape[2] == 3 else levels[..., 0], decoded.lossy)
 
 
-def _hole_by_opacity(levels, alpha, painted):
+def _hole_by_opacity(levels, alpha, painted, lossy):
     "Where paint is, if what is opaque has one colour; what was erased, if it has many."
     if not painted.any(): raise ValueError("all of it is transparent; paint the hole, or erase it from the photograph")
     opaque = levels[painted].astype(int)
-    if np.ptp(opaque, axis=0).max() <= 8: return painted  # codecs and soft edges spread a colour a little
+    if np.ptp(opaque, axis=0).max() <= 8: return painted  # soft edges spread a colour a little
+    if lossy:  # and lossy formats more, near the edges
+        inner = levels[_around(painted, 2)[0] > 0].astype(int)
+        if len(inner) and (np.abs(inner - np.median(inner, axis=0)) <= 16).all(axis=1).mean() > 0.9: return painted
     colours = len(np.unique(opaque @ 256 ** np.arange(opaque.shape[1])))
     if colours > 16: return alpha < 0.5
     raise ValueError(f"what is opaque has {colours} colours; paint the hole in one colour, or erase it from the photograph")
@@ -363,7 +368,7 @@ def _around(values, reach):
 def _black_and_white(share, lossy):
     "Whether values in [0, 1] are two, but for few between them, which lie at edges; and no third value fills an area."
     between = (share > 0.15) & (share < 0.85)
-    lowest, highest = _around(share > 0.5, 3)
+    lowest, highest = _around(share > 0.5, 8 if lossy else 3)  # lossy formats work in blocks of 8
     if between.mean() > 0.2 or (between & (lowest == highest)).any(): return False
     lowest, highest = _around(share, 2)
     flat = np.unique(share[lowest == highest].round(4))
