@@ -511,8 +511,7 @@ class DdoConfig(Config):
         choices = {"data": ("vorticity", "distances", "bumps", "file"), "process": PROCESSES, "noise": LAWS,
                    "norm": NORMS, "family": ("fno", "unet", "ushaped")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_fields(self, {"points": (4, 2**15), "levels": (1, 2**20), "sigma_max": (1e-30, 1e30), "sigma_min": (1e-30, 1e30),
-                            "data_std": (1e-30, 1e30), "length": (1e-12, 1e6), "alpha": (1.0, 1e3), "tau": (0.0, 1e6), "evaluated": (2, 2**31)})
+        check_fields(self, {"points": (4, 2**15), "levels": (1, 2**20), "alpha": (1.0, 1e3), "tau": (0.0, 1e6), "evaluated": (2, 2**31)})
         ladder(self.sigma_max, self.sigma_min, self.levels)
         for name in ("data_std", "length"):
             if not getattr(self, name) > 0:
