@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_range, check_tensor
-from .spectral import wave_numbers
+from .checks import check_choice, check_range, check_tensor
+from .spectral import real_values, wave_numbers
 
 # %% ../../nbs/core/26_fluids.ipynb #d6a2cb18
 class Torus:
@@ -29,6 +29,7 @@ class Torus:
     ):
         if len(shape) != 2 or any(n < 4 or n % 2 for n in shape):
             raise ValueError(f"shape: expected two even numbers, at least 4, got {tuple(shape)}")
+        check_choice(dtype, "dtype", (torch.float32, torch.float64))
         self.shape, self.cell = tuple(shape), min(length / n for length, n in zip(lengths, shape))
         scales = [2 * math.pi / length for length in lengths]
         laplace = sum((k * scale).square() for k, scale in zip(wave_numbers(shape, device=device), scales))
@@ -153,7 +154,7 @@ def enstrophy(
     w: torch.Tensor,  # vorticity (B, n_1, n_2)
 ) -> torch.Tensor:    # of each flow (B,)
     "Half of the mean square of the vorticity."
-    return w.square().mean((-1, -2)) / 2
+    return real_values(w, "w", 2).square().mean((-1, -2)) / 2
 
 # %% ../../nbs/core/26_fluids.ipynb #96475556
 class FourthOrder(NavierStokes):

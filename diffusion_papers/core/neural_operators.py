@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .checks import check_fields, check_range
 from .configs import Config
 from .networks import sinusoids
+from .spectral import real_values
 
 # %% ../../nbs/core/21_neural_operators.ipynb #34a45439
 def fourier_matrices(
@@ -40,6 +41,7 @@ def spectral_convolution(
     weight: torch.Tensor,  # kernel in Fourier space, real and imaginary part (C_in, C_out, modes, 2)
 ) -> torch.Tensor:         # (B, T, C_out, ...)
     "Convolution along T by a kernel of few Fourier modes (`ValueError` where T points have fewer)."
+    if not u.is_floating_point(): raise TypeError(f"u: expected real floating-point values, got {u.dtype}")
     if u.ndim < 3 or u.shape[2] != weight.shape[0]:
         raise ValueError(f"u: expected shape (B, T, {weight.shape[0]}, ...), got {tuple(u.shape)}")
     (batch, points), modes = u.shape[:2], weight.shape[2]
@@ -104,6 +106,7 @@ def waves_2d(
     columns: int,     # waves along the second: 0, 1, ...
 ) -> torch.Tensor:    # coefficients of the waves, complex (B, C, columns, rows)
     "The lowest waves of functions in the plane (`ValueError` where a grid has fewer)."
+    u = real_values(u, "u", 4)
     across, along = _to_waves(tuple(u.shape[2:]), (rows, columns), u.dtype, u.device)
     half = torch.view_as_complex((u @ across).unflatten(-1, (columns, 2))).transpose(2, 3)
     return half @ along
@@ -115,6 +118,8 @@ def values_2d(
     misplaced: int | None=None,  # n_1 of another grid, on which a released program had placed the waves
 ) -> torch.Tensor:               # (B, C, n_1, n_2)
     "Functions in the plane from their waves."
+    if not waves.is_complex(): raise TypeError(f"waves: expected complex coefficients, got {waves.dtype}")
+    waves = waves.to(torch.promote_types(waves.dtype, torch.complex64))
     real = waves.real.dtype
     along, across = _from_waves(tuple(size), tuple(waves.shape[:1:-1]), misplaced, real, waves.device)
     half = (waves @ along).transpose(2, 3).contiguous()
@@ -131,7 +136,7 @@ def spectral_convolution_2d(
     if u.ndim != 4 or u.shape[1] != weight.shape[1]:
         raise ValueError(f"u: expected shape (B, {weight.shape[1]}, n_1, n_2), got {tuple(u.shape)}")
     with torch.autocast(u.device.type, enabled=False):  # there are no complex numbers in half precision
-        u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+        u = real_values(u, "u")
         waves = waves_2d(u, *weight.shape[2:4])
         kernel = torch.view_as_complex(weight.to(u)).transpose(2, 3)
         of_waves = waves.flatten(2).permute(2, 0, 1).contiguous()  # a small matrix product for each wave: much faster
