@@ -273,7 +273,7 @@ class DpdmConfig(Config):
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
         check_fields(self, {"draws": (1, 2**20), "chunk": (0, 2**40), "examples": (0, 2**40), "epsilon": (0.0, 1e6),
                             "noise_multiplier": (0.0, 1e6), "delta": (1e-300, 1 - 1e-9), "level_mean": (-100.0, 100.0),
-                            "level_std": (1e-6, 100.0), "evaluated": (100, 2**31)})
+                            "level_std": (1e-6, 100.0), "evaluated": (100, 2**31), "max_pixels": (1, 2**62)})
         check_choice(self.accountant, "accountant", ACCOUNTANTS)
         plain = TrainingConfig()
         for name in ("warmup", "decay", "weight_decay", "accumulate", "precision", "channels_last", "compile"):

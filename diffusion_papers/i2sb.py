@@ -404,7 +404,7 @@ class I2sbConfig(Config):
                    "path": ("task", "stochastic", "deterministic"), "prediction": ("eps", "v"),
                    "family": ("film", "adm")}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_fields(self, {"interval": (4, 2**20), "beta_max": (0.0, 1e6), "evaluated": (2, 2**31)})
+        check_fields(self, {"interval": (4, 2**20), "beta_max": (0.0, 1e6), "evaluated": (2, 2**31), "max_pixels": (1, 2**62)})
         check_seed(self.seed); task_names(self.task)
         try: self.schedule
         except ValueError as error: raise ValueError(f"{error} (interval is {self.interval})") from error
@@ -767,7 +767,7 @@ def sample(
     max_pixels: int=MAX_PIXELS, # above which a picture of the folder is refused
 ) -> torch.Tensor:           # damaged, restored, clean (3 count, C, H, W), in [-1, 1]
     "Damage images and restore them."
-    check_range(calls, "calls", 1, len(model.schedule) - 1); check_seed(seed)
+    check_range(calls, "calls", 1, len(model.schedule) - 1); check_seed(seed); check_range(max_pixels, "max_pixels", 1)
     data = ImageFolder(data_path, model.shape[-1], max_pixels=max_pixels) if data_path else test_data(model.config)
     x0 = torch.stack([data[index]["x0"] for index in range(min(check_range(count, "count", 1), len(data)))])
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
@@ -938,7 +938,7 @@ def restore(
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     check_picture(model, task, mask)
-    check_range(tile, "tile", 16, 2**12); check_range(calls, "calls", 1, len(model.schedule) - 1); check_seed(seed)
+    check_range(tile, "tile", 16, 2**12); check_range(calls, "calls", 1, len(model.schedule) - 1); check_seed(seed); check_range(max_pixels, "max_pixels", 1)
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % 16: raise ValueError(f"{name}: expected a multiple of 16, got {value}")
     check_range(overlap, "overlap", 0, tile - 16); check_range(piece, "piece", 1); check_range(batch_size, "batch_size", 1)

@@ -87,6 +87,7 @@ def test_a_full_disk_leaves_pieces_and_pages_as_they_were(tmp_path):
     program = """
 import resource, sys, torch
 from diffusion_papers.core import page
+from diffusion_papers.core.generation import generate
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 for write in (lambda: generate(lambda piece: {"x0": torch.zeros(len(piece), 500)}, 4, sys.argv[1] + "/samples", size=2, device="cpu"),
               lambda: page.write_demonstrations(sys.argv[1] + "/page.html", names=["genie"], say=print)):

@@ -57,7 +57,7 @@ class DiffusionConfig(Config):
     def __post_init__(self):
         choices = {"data": DATA, "process": PROCESSES, "family": ("mlp", *FAMILIES), "prediction": PREDICTIONS, "label": LABELS}
         for name, values in choices.items(): check_choice(getattr(self, name), name, values)
-        check_fields(self, {"label_dropout": (0.0, 1.0), "low_size": (0, 2**20)})
+        check_fields(self, {"label_dropout": (0.0, 1.0), "low_size": (0, 2**20), "max_pixels": (1, 2**62)})
         check_seed(self.seed)
         if self.family == "mlp": return
         if self.unet.embedding == "fourier" and self.label != "time":
