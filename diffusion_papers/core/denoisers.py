@@ -46,9 +46,9 @@ def in_precision_of(
     module: nn.Module,    # a network
     *tensors,             # what it is to be asked
 ) -> list:                # the same tensors
-    "Tensors in the precision of a network's parameters, where it has any: a state may be more precise than the network."
+    "Tensors no more precise than a network's parameters: a state may be, and what autocast has made coarser stays so."
     dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
-    return [tensor.to(dtype or tensor.dtype) for tensor in tensors]
+    return [tensor if dtype is None or tensor.dtype.itemsize <= dtype.itemsize else tensor.to(dtype) for tensor in tensors]
 
 
 LABELS = ("time", "log_sigma", "angle")  # t of the process; ln(sigma) / 4; 2/pi atan(sigma), in [0, 1]

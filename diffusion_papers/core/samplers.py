@@ -400,7 +400,8 @@ def taylor(
     came, sigmas, slope = as_state(x), check_sigmas(sigmas), guarded(slope, "taylor")
     x, given = widened(came, sigmas), lambda part: part.to(came.dtype)
     for step, (now, then) in enumerate(pairwise(sigmas)):
-        derivatives = [part.to(x.dtype) for part in slope(x, now)]
+        derivatives = slope(x, now)
+        if x.dtype != came.dtype: derivatives = [part.to(x.dtype) for part in derivatives]  # a wide state takes wide steps
         if callback: callback(step, given(x), given(x - now * derivatives[0]))
         for order, derivative in enumerate(derivatives, 1):
             x = x + (then - now) ** order / math.factorial(order) * derivative
