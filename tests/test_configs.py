@@ -2,6 +2,10 @@
 import json
 from dataclasses import dataclass
 
+from extras import need
+
+need("train", "data", "dev")
+
 import pytest
 from hypothesis import given, settings, strategies as st
 

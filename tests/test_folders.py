@@ -4,12 +4,15 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from extras import need
+
+need("train", "data", "dev")
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-pytest.importorskip("PIL")
 from PIL import Image
 from torch.utils.data import Subset
 

@@ -10,6 +10,10 @@ import time
 import warnings
 from dataclasses import replace
 
+from extras import need
+
+need("train", "data", "dev")
+
 import pytest
 import torch
 from hypothesis import given, settings

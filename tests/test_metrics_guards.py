@@ -1,4 +1,8 @@
 """Measures refuse pictures of another range, before they clip: bytes of 0 to 255 are not a white picture."""
+from extras import need
+
+need("train", "data")
+
 import pytest
 import torch
 

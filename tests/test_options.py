@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from extras import need
+
+need("train", "data", "plots")
+
 import pytest
 import torch
 

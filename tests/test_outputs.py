@@ -6,6 +6,10 @@ import shutil
 import warnings
 from pathlib import Path
 
+from extras import need
+
+need("train", "plots", "dev")
+
 import pytest
 import torch
 

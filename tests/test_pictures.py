@@ -7,12 +7,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from extras import need
+
+need("train", "data", "plots", "dev")
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-pytest.importorskip("PIL")
 from PIL import Image, ImageCms, ImageFilter
 from test_i2sb import PICTURES
 

@@ -2,6 +2,10 @@
 import warnings
 from types import SimpleNamespace
 
+from extras import need
+
+need("train", "data")
+
 import pytest
 import torch
 

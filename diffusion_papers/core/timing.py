@@ -51,9 +51,9 @@ def waiting(
     title: str,  # what is waited for
 ):
     "While something of unknown length works, show from the fifth second on for how long it has."
-    done = threading.Event()
+    done, tqdm = threading.Event(), require("tqdm", "train").tqdm
     def tell():
-        with require("tqdm", "train").tqdm(bar_format=f"{title}: {{elapsed}}", delay=5, leave=False) as bar:
+        with tqdm(bar_format=f"{title}: {{elapsed}}", delay=5, leave=False) as bar:
             while not done.wait(1): bar.update()
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
