@@ -1,4 +1,5 @@
 """Folders and labels as people bring them: litter, links, classes, other archives, labels that count from 1; drawn at random, with the right answer beside."""
+import os
 import tempfile
 import warnings
 from dataclasses import replace
@@ -89,6 +90,23 @@ def test_links_to_nowhere_are_named_and_circles_end(tmp_path):
     own = tmp_path / "data" / "loop"
     own.symlink_to(own)
     with pytest.raises(FileNotFoundError, match="loop is a link"): ImageFolder(tmp_path / "data", 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_pipes_are_left_out_and_said(tmp_path):
+    picture(tmp_path / "cats" / "0.png")
+    os.mkfifo(tmp_path / "cats" / "1.png"); os.mkfifo(tmp_path / "cats" / "notes")
+    with pytest.warns(UserWarning, match="2 left out .a pipe or a device: 1.png, notes"): data = ImageFolder(tmp_path, 4)
+    assert len(data) == 1 and data[0]["x0"].shape == (3, 4, 4)
+
+
+def test_waste_baskets_of_servers_are_no_classes_and_every_ending_that_pillow_reads_is_a_picture(tmp_path):
+    for number, name in enumerate(("#recycle", "@Recycle", "#snapshot", "RECYCLER", "Network Trash Folder", "cats")): picture(tmp_path / name / f"{number}.png")
+    endings = ("apng", "mpo", "JPE", "j2k", "pbm", "pnm", "tga", "dib", "jpx")
+    for ending in endings: picture(tmp_path / "dogs" / f"0.{ending}")
+    (tmp_path / "dogs" / "1.RAF").touch()
+    with pytest.warns(UserWarning, match="1 left out .a kind of picture that is not read: 1.RAF"): data = ImageFolder(tmp_path, 4)
+    assert data.counts == {"cats": 1, "dogs": len(endings)} and all(len(data[index]["x0"]) == 3 for index in range(len(data)))
 
 
 def test_two_links_to_one_folder_are_read_once(tmp_path):

@@ -5,6 +5,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -276,7 +277,6 @@ def test_what_lies_above_pillows_limit_has_a_way_in_that_names_itself(tmp_path, 
     assert Image.MAX_IMAGE_PIXELS == 500 and MAX_PIXELS == 2 * limit
     huge = tmp_path / "huge.png"  # 20,000 x 20,000 by its header, with nothing behind it
     head = struct.pack(">II5B", 20_000, 20_000, 8, 0, 0, 0, 0)
-    import zlib
     chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     huge.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match=f"picture: .*huge.png has 20000 x 20000 = 400,000,000 pixels, .*max_pixels={MAX_PIXELS}; raise"): read_picture(huge)
@@ -471,3 +471,128 @@ def test_twelve_bits_are_twelve_bits(tmp_path):
     entries = b"".join(struct.pack("<HHI", tag, kind, count) + (struct.pack("<HH", value, 0) if kind == 3 else struct.pack("<I", value)) for tag, kind, count, value in tags)
     (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
     assert np.allclose(levels(read_picture(tmp_path / "a.tif").colour)[0, :3, 0], right, atol=1e-3)
+
+
+def write_tiff(path, values, photometric, planes=False):
+    "An uncompressed TIFF by hand: grey (H, W), or colours (H, W, 3), perhaps each in a plane of its own."
+    height, width, channels = (*values.shape, 1)[:3]
+    content = (np.moveaxis(values, 2, 0) if planes else values).astype(values.dtype.newbyteorder("<")).tobytes()
+    size, parts = values.dtype.itemsize, channels if planes else 1
+    starts, lengths = [400 + number * len(content) // parts for number in range(parts)], [len(content) // parts] * parts
+    tags, extra = {256: [width], 257: [height], 258: [8 * size] * channels, 259: [1], 262: [photometric], 273: starts, 277: [channels], 278: [height],
+                   279: lengths, 284: [2 if planes else 1], 339: [3 if values.dtype.kind == "f" else 1] * channels}, b""
+    entries = b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(packed) > 4: packed, extra = struct.pack("<I", 200 + len(extra)), extra + packed
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + packed
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    path.write_bytes(head.ljust(200, b"\0") + extra.ljust(200, b"\0") + content)
+
+
+@pytest.mark.parametrize("kind, white", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_white_is_white_whether_a_tiff_has_it_at_zero_or_at_the_top(tmp_path, kind, white):
+    share = np.random.default_rng(0).integers(0, 256, (5, 6)) / 255
+    share.flat[:2] = 0, 1
+    for photometric, values in ((1, share), (0, 1 - share)):
+        write_tiff(tmp_path / "a.tif", (values * white).round(6).astype(kind), photometric)
+        assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - 255 * share[..., None]).max() < (1.01 if kind == np.uint8 else 0.01)
+        assert np.abs(levels(to_square(tmp_path / "a.tif", 5)).mean() - 255 * share.mean()) < 20
+        write_tiff(tmp_path / "mask.tif", (white * ((share > 0.5) == photometric)).astype(kind), photometric)
+        assert (read_mask(tmp_path / "mask.tif")[0, 0].numpy() == (share > 0.5)).all()
+
+
+def test_channels_in_planes_are_read_as_they_are_meant_or_refused(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (5, 6, 3))
+    for planes in (False, True):
+        write_tiff(tmp_path / "a.tif", colour.astype(np.uint8), 2, planes)
+        assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - colour).max() < 1e-3
+    write_tiff(tmp_path / "a.tif", (257 * colour).astype(np.uint16), 2)
+    assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - colour).max() < 1e-3
+    write_tiff(tmp_path / "a.tif", (257 * colour).astype(np.uint16), 2, planes=True)  # Pillow would take halves of numbers for whole ones
+    with pytest.raises(ValueError, match="picture: .*a.tif cannot be read as a picture .its channels have more than 8 bits and lie apart"): read_picture(tmp_path / "a.tif")
+
+
+def write_png(path, values, depth, *chunks):
+    "A grey or colour PNG of few or 8 bits by hand, with chunks (kind, content) before its pixels."
+    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    bits = np.unpackbits(values.astype(np.uint8).reshape(len(values), -1, 1), axis=2)[..., 8 - depth:].reshape(len(values), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+    head = struct.pack(">II5B", values.shape[1], values.shape[0], depth, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_level_that_is_transparent_is_so_at_every_depth(tmp_path, depth):
+    top = 2**depth - 1
+    values = np.arange(32).reshape(4, 8) * 5 % (top + 1)
+    for clear in {0, 1, top}:
+        write_png(tmp_path / "a.png", values, depth, (b"tRNS", struct.pack(">H", clear)))
+        found = read_picture(tmp_path / "a.png")
+        assert (found.alpha is None) == (not (values == clear).any()) and (found.alpha is None or ((found.alpha[0].numpy() == 0) == (values == clear)).all())
+        assert np.abs(levels(found.colour)[..., 0] - values * 255 / top)[values != clear].max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_every_precision_are_restored_and_carry_no_gradient(tmp_path, kind):
+    colour = (torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(kind).requires_grad_()
+    found = i2sb.restore(colour, "jpeg", model=i2sb.build(PICTURES), calls=1, progress=False, output=tmp_path / "a.png")
+    assert found.dtype == torch.float32 and not found.requires_grad and (tmp_path / "a.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer that never comes
+    for name, place, words in (("pipe", tmp_path / "pipe.png", "a pipe or a device"), ("folder", tmp_path, "a folder")):
+        for read in (read_picture, read_mask, lambda place: to_square(place, 4)):
+            with pytest.raises(ValueError, match=f"^(picture|mask): .* is {words}, not the file of a picture"): read(place)
+    with pytest.raises(FileNotFoundError, match="picture: there is no ''"): read_picture("")
+
+
+def soft_disc(shape=(48, 56)):
+    "A disc with an antialiased edge, levels from 0 to 255, and where it is."
+    rows, columns = np.mgrid[:8 * shape[0], :8 * shape[1]] / 8
+    soft = Image.fromarray((255 * (np.hypot(rows - 24, columns - 28) < 12.3)).astype(np.uint8)).resize(shape[::-1], Image.Resampling.BOX)
+    return np.asarray(soft), np.asarray(soft) > 127.5
+
+
+@many(20)
+@given(colour=st.sampled_from([(255, 255, 255), (255, 0, 0), (0, 0, 0), (20, 160, 60)]), behind=st.sampled_from([0, 255, None]), radius=st.integers(0, 6))
+def test_paint_whose_edges_fade_into_black_or_white_is_paint(colour, behind, radius):
+    soft, _ = soft_disc()
+    alpha = np.asarray(Image.fromarray(soft).filter(ImageFilter.GaussianBlur(radius)))
+    share = alpha[..., None] / 255
+    levels = np.array(colour) * share + behind * (1 - share) if behind is not None else np.broadcast_to(colour, share.shape[:2] + (3,))
+    found = read_mask(Image.fromarray(np.dstack([levels.round().astype(np.uint8), alpha])))[0, 0].numpy() > 0
+    assert (found == (alpha > alpha.max() / 2)).all()
+
+
+def test_a_black_and_white_mask_that_is_partly_transparent_has_two_readings_and_is_refused():
+    soft, hole = soft_disc()
+    stray, margin = np.full(hole.shape, 255), np.full(hole.shape, 255)
+    stray[3, 3], margin[:, :5] = 0, 0
+    for bright in (soft, 255 * hole):
+        for alpha in (stray, margin):
+            image = Image.fromarray(np.dstack([bright] * 3 + [alpha]).astype(np.uint8))
+            with pytest.raises(ValueError, match="mask: .*what is opaque is black and white, and the rest is transparent"): read_mask(image)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 128, 0), (255, 0, 255)])
+@pytest.mark.parametrize("form", ["two values", "soft", "jpeg", "palette"])
+def test_a_colour_on_a_white_page_is_paint_and_so_is_one_on_black(colour, form):
+    soft, hole = soft_disc()
+    share = (soft if form in ("soft", "jpeg") else 255 * hole)[..., None] / 255
+    for page in (255, 0):
+        image, buffer = Image.fromarray((page + share * (np.array(colour) - page)).round().astype(np.uint8)), io.BytesIO()
+        if form == "palette":
+            image = as_labels([page, page, page, *colour])(hole, None)
+        image.save(buffer, "jpeg" if form == "jpeg" else "png", **({"quality": 90, "subsampling": 0} if form == "jpeg" else {}))
+        assert ((read_mask(buffer)[0, 0].numpy() > 0) != hole).mean() < 0.01
+
+
+def test_two_values_are_a_mask_in_every_deep_mode():
+    _, hole = soft_disc()
+    for low, high, kind in ((0, 1000, np.float32), (-0.0, 0.25, np.float32), (5, 100_000, np.int32), (7, 4095, np.uint16), (0, 65535, np.float32)):
+        assert (read_mask(Image.fromarray(np.where(hole, high, low).astype(kind)))[0, 0].numpy() == hole).all()
+    for low, high in ((0, -1), (0, np.nan), (0, np.inf)):
+        with pytest.raises(ValueError, match="mask: "): read_mask(Image.fromarray(np.where(hole, high, low).astype(np.float32)))

@@ -172,10 +172,12 @@ def _labels_at_hand(data):
     return [labels[place] for place in chosen]
 
 # %% ../../nbs/core/08_data.ipynb #fba48dee
-ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of pictures
+ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".png",
+           ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # of pictures
 _LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "$recycle.bin",
-           "system volume information", "lost+found"}  # what systems leave behind under names that are not hidden
-_UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raw", ".svg")  # pictures, but not for Pillow
+           "system volume information", "lost+found", "recycler", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
+           "network trash folder", "temporary items"}  # what systems leave behind under names that are not hidden
+_UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".hif", ".jxl", ".kra", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf")  # pictures, but not for Pillow
 _HIDDEN, _OTHER = "hidden, or left behind by a system", "no picture by its ending"
 
 
@@ -194,6 +196,7 @@ def find_pictures(
                 inside = entry.is_symlink() and (top in target.parents or target in top.parents)
                 if target in seen or inside: ignored[entry] = "a link to what is read already"
                 else: seen.add(target); folders.append(entry)
+            elif not entry.is_file(): ignored[entry] = "a pipe or a device"  # which would be waited for without an end
             elif entry.suffix.lower() in ENDINGS: found.append(entry)
             else: ignored[entry] = "a kind of picture that is not read" if entry.suffix.lower() in _UNREAD else _OTHER
     filled = {place for path in found for place in path.parents}
