@@ -596,3 +596,49 @@ def test_two_values_are_a_mask_in_every_deep_mode():
         assert (read_mask(Image.fromarray(np.where(hole, high, low).astype(kind)))[0, 0].numpy() == hole).all()
     for low, high in ((0, -1), (0, np.nan), (0, np.inf)):
         with pytest.raises(ValueError, match="mask: "): read_mask(Image.fromarray(np.where(hole, high, low).astype(np.float32)))
+
+
+def points_of(space): return {"Display P3": (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06), "Adobe RGB": (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06),
+                              "sRGB primaries": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)}[space]
+
+
+@many(40)
+@given(space=st.sampled_from([None, *WIDE]), gamma=st.sampled_from([None, 1.0, 1.8, 2.2]), seed=st.integers(0, 10**6), grey=st.booleans())
+def test_colours_that_a_png_describes_in_numbers_come_in_as_they_are_meant(space, gamma, seed, grey):
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    if grey: values = values[..., 0]
+    chunks = [(b"gAMA", struct.pack(">I", round(100_000 / gamma)))] if gamma else []
+    if space: chunks.append((b"cHRM", struct.pack(">8I", *(round(100_000 * number) for number in points_of(space)))))
+    decoded = (values[..., None].repeat(3, -1) if grey else values) / 255.0
+    light = np.where(decoded <= 0.04045, decoded / 12.92, ((decoded + 0.055) / 1.055) ** 2.4) if gamma in (None, 2.2) else decoded**gamma
+    right = encoded(light @ WIDE[space or "sRGB primaries"].T @ np.linalg.inv(SRGB_XYZ).T)
+    with tempfile.TemporaryDirectory() as folder:
+        write_png(Path(folder, "a.png"), values, 8, *chunks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = levels(read_picture(Path(folder, "a.png")).colour)
+        assert np.abs(found - right)[right > 30].max(initial=0) < 2 and np.abs(found - right).max() < 12
+        if gamma in (None, 2.2) and space in (None, "sRGB primaries"): assert np.abs(found - 255 * decoded).max() < 1e-3  # as ever
+        write_png(Path(folder, "b.png"), values, 8, (b"sRGB", b"\0"), *chunks)  # which counts more
+        assert np.abs(levels(read_picture(Path(folder, "b.png")).colour) - 255 * decoded).max() < 1e-3
+
+
+def test_numbers_that_mean_no_colours_are_a_warning_that_names_the_file(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    for points in ((0,) * 8, (31270, 32900) * 4):
+        write_png(tmp_path / "a.png", values, 8, (b"cHRM", struct.pack(">8I", *points)), (b"gAMA", struct.pack(">I", 100_000)))
+        with pytest.warns(UserWarning, match="a.png: its colour profile cannot be used"): found = read_picture(tmp_path / "a.png")
+        assert np.abs(levels(found.colour) - values).max() < 1e-3
+
+
+def test_a_camera_that_notes_adobe_rgb_means_it(tmp_path):
+    values = np.broadcast_to(np.array([[[90, 160, 70]], [[200, 120, 60]]], dtype=np.uint8).repeat(16, 0), (32, 16, 3))
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03", 2: b"0100"}
+    Image.fromarray(values).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    right = encoded((values / 255.0) ** 2.2 @ WIDE["Adobe RGB"].T @ np.linalg.inv(SRGB_XYZ).T)
+    assert np.abs(levels(read_picture(tmp_path / "a.jpg").colour) - right).max() < 5 and np.abs(values - right).max() > 20
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98", 2: b"0100"}
+    Image.fromarray(values).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    assert np.abs(levels(read_picture(tmp_path / "a.jpg").colour) - values).max() < 5

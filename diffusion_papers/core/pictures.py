@@ -47,6 +47,13 @@ class _Decoded(NamedTuple):
     dpi: tuple | None   # pixels an inch, across and down
     lossy: bool         # whether the format changes values
     inverted: bool=False  # whether 0 is white and the decoder left it so
+    profile: object=None  # of its colours, bytes or `_Described`; None is sRGB
+
+
+class _Described(NamedTuple):
+    "What a file without a profile says of its colours in a few numbers."
+    gamma: float | None       # light is the level to this power; None is the curve of sRGB
+    points: tuple | None=None # x and y of white, red, green and blue; None are those of sRGB
 
 
 class _TooLarge(ValueError): "A picture with more pixels than were asked for."
@@ -77,6 +84,17 @@ def _check_decoding(file):
 def _inverted(file):
     "Whether a TIFF has white at 0 in a mode for which Pillow does not turn that round."
     return getattr(file, "tag_v2", {}).get(262) == 0 and file.mode[0] in "IF"
+
+
+def _profile(file):
+    "The colours that a file means: its profile or, where it has none, its few numbers (PNG), or a camera's note that they are Adobe RGB."
+    if found := file.info.get("icc_profile"): return found
+    gamma, points = file.info.get("gamma"), file.info.get("chromaticity")
+    if "srgb" not in file.info and (gamma or points):
+        return _Described(None if not gamma or abs(gamma * 2.2 - 1) < 0.05 else 1 / gamma, tuple(points) if points else None)
+    try: note = file.getexif().get_ifd(0xA005).get(1, "")  # of the rules that cameras follow
+    except Exception: return None  # a damaged note is said where the orientation is read
+    return _Described(2.2, (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)) if str(note).startswith("R03") else None
 
 
 def _resolution(file, sideways):
@@ -130,7 +148,7 @@ def _decoded(picture, name, max_pixels):
             if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
             with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-            return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy, _inverted(file))
+            return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy, _inverted(file), _profile(file))
     except (ImportError, MemoryError, _TooLarge): raise
     except image.UnidentifiedImageError:
         raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
@@ -150,9 +168,34 @@ def _deep_levels(decoded):
     return (top - values if decoded.inverted else values) * (255 / top)
 
 # %% ../../nbs/core/29_pictures.ipynb #c111244b
+_SRGB_POINTS = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
+
+
+def _primaries(points):
+    "White (3,) and the primary colours (3, 3) as XYZ, so that the three together are white."
+    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in zip(points[::2], points[1::2])]).T
+    return xyz[:, 0], xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0])
+
+
+def _from_numbers(described):
+    "What takes an RGB image to sRGB, None where it is sRGB already (`ValueError`, `LinAlgError` for numbers that mean no colours)."
+    level = np.arange(256) / 255
+    light = level**described.gamma if described.gamma else np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    (white, ours), (other_white, theirs) = _primaries(_SRGB_POINTS), _primaries(described.points or _SRGB_POINTS)
+    matrix = np.linalg.solve(ours, (white / other_white)[:, None] * theirs).astype(np.float32)  # white stays white
+    if not np.isfinite(matrix).all(): raise ValueError("its numbers mean no colours")
+    if described.gamma is None and np.abs(matrix - np.eye(3)).max() < 0.005: return None
+    def convert(image):
+        linear = (light.astype(np.float32)[np.asarray(image)] @ matrix.T).clip(0, 1)
+        found = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        return require("PIL.Image", "data").fromarray((255 * found).round().astype(np.uint8))
+    return convert
+
+
 @lru_cache(maxsize=16)
 def _to_srgb(profile):
     "What takes an image to sRGB, None where the profile is sRGB itself; and the mode that it starts from."
+    if isinstance(profile, _Described): return _from_numbers(profile), "RGB"
     cms, image = require("PIL.ImageCms", "data"), require("PIL.Image", "data")
     source = cms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
@@ -212,7 +255,7 @@ def _split(image):
 # %% ../../nbs/core/29_pictures.ipynb #1c7eee42
 def _levels(decoded):
     "Levels from 0 to 255: an image of the mode L or RGB or, where a file is finer, float32 (H, W); the opacity (H, W), or None."
-    image, profile = decoded.image, decoded.image.info.get("icc_profile")
+    image, profile = decoded.image, decoded.profile
     if image.mode[0] in "IF":
         fine, (_, alpha) = _deep_levels(decoded), _split(image)
         ramp = require("PIL.Image", "data").fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -343,8 +386,7 @@ def _hole(decoded):
     "Where a picture that serves as a mask has its hole (H, W), by its opacity, labels or brightness (`ValueError`)."
     image = decoded.image
     labels = np.asarray(image) if image.mode == "P" else None
-    decoded = decoded._replace(image=image.copy())
-    decoded.image.info.pop("icc_profile", None)  # which red it is does not matter here
+    decoded = decoded._replace(profile=None)  # which red it is does not matter here
     if image.mode[0] in "IF" and image.info.get("transparency") is None:  # two values are two values, whatever is white
         deep = np.asarray(image)
         if len(found := np.unique(deep)) == 2 and 0 <= found[0] and found[1] < math.inf: return (deep == found[1]) ^ decoded.inverted
