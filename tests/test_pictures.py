@@ -642,3 +642,13 @@ def test_a_camera_that_notes_adobe_rgb_means_it(tmp_path):
     exif.get_ifd(0x8769)[0xA005] = {1: "R98", 2: b"0100"}
     Image.fromarray(values).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
     assert np.abs(levels(read_picture(tmp_path / "a.jpg").colour) - values).max() < 5
+
+
+@pytest.mark.parametrize("wrong", ["8", None, (1, 2), torch.zeros(3), np.zeros(3), 1j])
+def test_what_is_no_number_is_refused_by_its_arguments_name(tmp_path, wrong):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for name, call in {"size": lambda: to_square(tmp_path / "a.png", wrong), "max_pixels": lambda: read_picture(tmp_path / "a.png", max_pixels=wrong),
+                       "background": lambda: to_square(tmp_path / "a.png", 4, (1, 2, wrong)),
+                       "calls": lambda: i2sb.restore(tmp_path / "a.png", "jpeg", model=i2sb.build(PICTURES), calls=wrong)}.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected a number, got"): call()
+    with pytest.raises(ValueError, match="background: expected red, green and blue, got 255"): to_square(tmp_path / "a.png", 4, 255)

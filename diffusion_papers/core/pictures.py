@@ -312,7 +312,7 @@ def to_square(
 ) -> torch.Tensor:       # (3, size, size) in [-1, 1]
     "The middle of a picture as colour on a background, its shorter side scaled to `size` (`ValueError` where it is none)."
     check_range(size, "size", 1)
-    if len(background) != 3: raise ValueError(f"background: expected red, green and blue, got {came(background)}")
+    if not hasattr(background, "__len__") or len(background) != 3: raise ValueError(f"background: expected red, green and blue, got {came(background)}")
     for level in background: check_range(level, "background", 0, 255)
     decoded = _decoded(picture, name, max_pixels)
     try: levels, alpha = _levels(decoded)
