@@ -18,7 +18,7 @@ need("train", "data")
 from diffusion_papers import ddo, dpdm, genie, i2sb
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 from diffusion_papers.core.diffusion import DiffusionConfig, load_denoiser
-from diffusion_papers.core.files import former_place, whole_file
+from diffusion_papers.core.files import check_output, former_place, whole_file
 from diffusion_papers.core.networks import authors_keys, authors_tensors, unet_config
 from diffusion_papers.core.operator_networks import operator_keys
 
