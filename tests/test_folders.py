@@ -250,3 +250,13 @@ def test_batches_of_the_other_cifar_and_cut_ones_are_refused(tmp_path):
                                   ([tmp_path / "ten"], 100, "CIFAR-10 has such records, read it with classes=10"),
                                   ([tmp_path / "ten", tmp_path / "cut"], 10, "cut: expected records of 3073 bytes, got 9214"), ([tmp_path / "empty"], 10, "got 0 bytes")):
         with pytest.raises(ValueError, match=words): cifar_images(paths, classes)
+
+
+def test_labels_that_are_no_whole_numbers_one_a_sample_are_refused():
+    for label, words in ((1.5, "1.5"), ("cat", "'cat'"), ("1", "'1'"), ((1, 2), r"\(1, 2\)")):
+        with pytest.raises(ValueError, match=f"label: row 0 has the class {words}, expected a whole number"):
+            RowsOfImages([{"image": Image.new("L", (4, 4)), "label": label}], 4, label="label")[0]
+    for label in (1, np.int64(1), torch.tensor(1)):
+        assert RowsOfImages([{"image": Image.new("L", (4, 4)), "label": label}], 4, label="label")[0]["class_label"] == 1
+    for labels in (torch.eye(4).long(), torch.zeros(4, 1).long()):  # one-hot, or with a dimension too many
+        with pytest.raises(ValueError, match="class_label: expected one number a sample"): check_data_labels(TensorSet(torch.zeros(4, 1), class_label=labels), 4)

@@ -10,6 +10,7 @@ __all__ = ['PHOTOGRAPHS', 'ENDINGS', 'TensorSet', 'digits', 'photographs', 'rand
 # %% ../../nbs/core/08_data.ipynb #e41a31a6
 import gzip
 import math
+import operator
 import os
 import warnings
 import zlib
@@ -143,6 +144,7 @@ def check_labels(
         if strange: raise ValueError(f"class_label: expected 0 to {classes - 1}, got {came(labels[strange[0]])} at place {strange[0]}; "
                                      "either all samples have a class, or none has")
         labels = torch.as_tensor(labels)
+    if labels.ndim != 1: raise ValueError(f"class_label: expected one number a sample, (N,), got shape {tuple(labels.shape)}")
     if labels.dtype != torch.int64: raise ValueError(f"class_label: expected whole numbers (int64), got {labels.dtype}")
     outside = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if not len(outside): return
@@ -378,4 +380,5 @@ class RowsOfImages(Dataset):
         sample = {"x0": to_square(row[self.image], self.size, self.background, name=f"row {index}", max_pixels=self.max_pixels)}
         if self.label is None: return sample
         if row[self.label] is None: raise ValueError(f"label: row {index} has no class; leave such rows out, or all classes (label=None)")
-        return sample | {"class_label": int(row[self.label])}
+        try: return sample | {"class_label": operator.index(row[self.label])}
+        except TypeError: raise ValueError(f"label: row {index} has the class {came(row[self.label])}, expected a whole number") from None
