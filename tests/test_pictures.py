@@ -545,7 +545,7 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer that never comes
     for name, place, words in (("pipe", tmp_path / "pipe.png", "a pipe or a device"), ("folder", tmp_path, "a folder")):
         for read in (read_picture, read_mask, lambda place: to_square(place, 4)):
-            with pytest.raises(ValueError, match=f"^(picture|mask): .* is {words}, not the file of a picture"): read(place)
+            with pytest.raises(ValueError, match=f"^(picture|mask): .* cannot be read as a picture .it is {words}"): read(place)
     with pytest.raises(FileNotFoundError, match="picture: there is no ''"): read_picture("")
 
 

@@ -135,7 +135,7 @@ def _decoded(picture, name, max_pixels):
     check_range(max_pixels, "max_pixels", 1)
     called = str(picture) or "''" if isinstance(picture, (str, Path)) else "what came"
     if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):  # a pipe would be waited for without an end
-        raise ValueError(f"{name}: {called} is {'a folder' if os.path.isdir(picture) else 'a pipe or a device'}, not the file of a picture")
+        raise ValueError(f"{name}: {called} cannot be read as a picture (it is {'a folder' if os.path.isdir(picture) else 'a pipe or a device'})")
     try:
         # by a path, Pillow maps some files into memory, and then turns some TIFFs wrongly and keeps them open
         with open(picture, "rb") if isinstance(picture, (str, Path)) else nullcontext(picture) as stream:
