@@ -18,7 +18,7 @@ need("train", "data")
 from diffusion_papers import ddo, dpdm, genie, i2sb
 from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 from diffusion_papers.core.diffusion import DiffusionConfig, load_denoiser
-from diffusion_papers.core.files import former_place, whole_file
+from diffusion_papers.core.files import check_output, former_place, whole_file
 from diffusion_papers.core.networks import authors_keys, authors_tensors, unet_config
 from diffusion_papers.core.operator_networks import operator_keys
 
@@ -280,3 +280,10 @@ def test_models_that_were_saved_or_are_loaded_compiled(tmp_path):
     fresh = torch.compile(genie.build(SMALL.override(seed=4)))
     load_into(fresh, load_checkpoint(tmp_path / "whole.safetensors")[0])
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values()))
+
+
+def test_whether_a_file_can_be_made_is_tried_and_leaves_nothing_behind(tmp_path):
+    assert check_output(tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png" and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="output: .* cannot be written: no file can be made in"): check_output(tmp_path / ("a" * 300 + ".png"))
+    if os.path.isdir("/proc/self"):  # where nobody can write, whatever the permissions say
+        with pytest.raises(ValueError, match="output: /proc/a.png cannot be written: no file can be made in /proc"): check_output("/proc/a.png")

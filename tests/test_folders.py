@@ -1,4 +1,5 @@
 """Folders and labels as people bring them: litter, links, classes, other archives, labels that count from 1; drawn at random, with the right answer beside."""
+import os
 import tempfile
 import warnings
 from dataclasses import replace
@@ -92,6 +93,23 @@ def test_links_to_nowhere_are_named_and_circles_end(tmp_path):
     own = tmp_path / "data" / "loop"
     own.symlink_to(own)
     with pytest.raises(FileNotFoundError, match="loop is a link"): ImageFolder(tmp_path / "data", 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_pipes_are_left_out_and_said(tmp_path):
+    picture(tmp_path / "cats" / "0.png")
+    os.mkfifo(tmp_path / "cats" / "1.png"); os.mkfifo(tmp_path / "cats" / "notes")
+    with pytest.warns(UserWarning, match="2 left out .a pipe or a device: 1.png, notes"): data = ImageFolder(tmp_path, 4)
+    assert len(data) == 1 and data[0]["x0"].shape == (3, 4, 4)
+
+
+def test_waste_baskets_of_servers_are_no_classes_and_every_ending_that_pillow_reads_is_a_picture(tmp_path):
+    for number, name in enumerate(("#recycle", "@Recycle", "#snapshot", "RECYCLER", "Network Trash Folder", "cats")): picture(tmp_path / name / f"{number}.png")
+    endings = ("apng", "mpo", "JPE", "j2k", "pbm", "pnm", "tga", "dib", "jpx")
+    for ending in endings: picture(tmp_path / "dogs" / f"0.{ending}")
+    (tmp_path / "dogs" / "1.RAF").touch()
+    with pytest.warns(UserWarning, match="1 left out .a kind of picture that is not read: 1.RAF"): data = ImageFolder(tmp_path, 4)
+    assert data.counts == {"cats": 1, "dogs": len(endings)} and all(len(data[index]["x0"]) == 3 for index in range(len(data)))
 
 
 def test_two_links_to_one_folder_are_read_once(tmp_path):
@@ -235,3 +253,13 @@ def test_batches_of_the_other_cifar_and_cut_ones_are_refused(tmp_path):
                                   ([tmp_path / "ten"], 100, "CIFAR-10 has such records, read it with classes=10"),
                                   ([tmp_path / "ten", tmp_path / "cut"], 10, "cut: expected records of 3073 bytes, got 9214"), ([tmp_path / "empty"], 10, "got 0 bytes")):
         with pytest.raises(ValueError, match=words): cifar_images(paths, classes)
+
+
+def test_labels_that_are_no_whole_numbers_one_a_sample_are_refused():
+    for label, words in ((1.5, "1.5"), ("cat", "'cat'"), ("1", "'1'"), ((1, 2), r"\(1, 2\)")):
+        with pytest.raises(ValueError, match=f"label: row 0 has the class {words}, expected a whole number"):
+            RowsOfImages([{"image": Image.new("L", (4, 4)), "label": label}], 4, label="label")[0]
+    for label in (1, np.int64(1), torch.tensor(1)):
+        assert RowsOfImages([{"image": Image.new("L", (4, 4)), "label": label}], 4, label="label")[0]["class_label"] == 1
+    for labels in (torch.eye(4).long(), torch.zeros(4, 1).long()):  # one-hot, or with a dimension too many
+        with pytest.raises(ValueError, match="class_label: expected one number a sample"): check_data_labels(TensorSet(torch.zeros(4, 1), class_label=labels), 4)

@@ -5,6 +5,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 from extras import need
@@ -279,7 +280,6 @@ def test_what_lies_above_pillows_limit_has_a_way_in_that_names_itself(tmp_path, 
     assert Image.MAX_IMAGE_PIXELS == 500 and MAX_PIXELS == 2 * limit
     huge = tmp_path / "huge.png"  # 20,000 x 20,000 by its header, with nothing behind it
     head = struct.pack(">II5B", 20_000, 20_000, 8, 0, 0, 0, 0)
-    import zlib
     chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     huge.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match=f"picture: .*huge.png has 20000 x 20000 = 400,000,000 pixels, .*max_pixels={MAX_PIXELS}; raise"): read_picture(huge)
@@ -474,3 +474,184 @@ def test_twelve_bits_are_twelve_bits(tmp_path):
     entries = b"".join(struct.pack("<HHI", tag, kind, count) + (struct.pack("<HH", value, 0) if kind == 3 else struct.pack("<I", value)) for tag, kind, count, value in tags)
     (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
     assert np.allclose(levels(read_picture(tmp_path / "a.tif").colour)[0, :3, 0], right, atol=1e-3)
+
+
+def write_tiff(path, values, photometric, planes=False):
+    "An uncompressed TIFF by hand: grey (H, W), or colours (H, W, 3), perhaps each in a plane of its own."
+    height, width, channels = (*values.shape, 1)[:3]
+    content = (np.moveaxis(values, 2, 0) if planes else values).astype(values.dtype.newbyteorder("<")).tobytes()
+    size, parts = values.dtype.itemsize, channels if planes else 1
+    starts, lengths = [400 + number * len(content) // parts for number in range(parts)], [len(content) // parts] * parts
+    tags, extra = {256: [width], 257: [height], 258: [8 * size] * channels, 259: [1], 262: [photometric], 273: starts, 277: [channels], 278: [height],
+                   279: lengths, 284: [2 if planes else 1], 339: [3 if values.dtype.kind == "f" else 1] * channels}, b""
+    entries = b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(packed) > 4: packed, extra = struct.pack("<I", 200 + len(extra)), extra + packed
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + packed
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    path.write_bytes(head.ljust(200, b"\0") + extra.ljust(200, b"\0") + content)
+
+
+@pytest.mark.parametrize("kind, white", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_white_is_white_whether_a_tiff_has_it_at_zero_or_at_the_top(tmp_path, kind, white):
+    share = np.random.default_rng(0).integers(0, 256, (5, 6)) / 255
+    share.flat[:2] = 0, 1
+    for photometric, values in ((1, share), (0, 1 - share)):
+        write_tiff(tmp_path / "a.tif", (values * white).round(6).astype(kind), photometric)
+        assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - 255 * share[..., None]).max() < (1.01 if kind == np.uint8 else 0.01)
+        assert np.abs(levels(to_square(tmp_path / "a.tif", 5)).mean() - 255 * share.mean()) < 20
+        write_tiff(tmp_path / "mask.tif", (white * ((share > 0.5) == photometric)).astype(kind), photometric)
+        assert (read_mask(tmp_path / "mask.tif")[0, 0].numpy() == (share > 0.5)).all()
+
+
+def test_channels_in_planes_are_read_as_they_are_meant_or_refused(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (5, 6, 3))
+    for planes in (False, True):
+        write_tiff(tmp_path / "a.tif", colour.astype(np.uint8), 2, planes)
+        assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - colour).max() < 1e-3
+    write_tiff(tmp_path / "a.tif", (257 * colour).astype(np.uint16), 2)
+    assert np.abs(levels(read_picture(tmp_path / "a.tif").colour) - colour).max() < 1e-3
+    write_tiff(tmp_path / "a.tif", (257 * colour).astype(np.uint16), 2, planes=True)  # Pillow would take halves of numbers for whole ones
+    with pytest.raises(ValueError, match="picture: .*a.tif cannot be read as a picture .its channels have more than 8 bits and lie apart"): read_picture(tmp_path / "a.tif")
+
+
+def write_png(path, values, depth, *chunks):
+    "A grey or colour PNG of few or 8 bits by hand, with chunks (kind, content) before its pixels."
+    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    bits = np.unpackbits(values.astype(np.uint8).reshape(len(values), -1, 1), axis=2)[..., 8 - depth:].reshape(len(values), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+    head = struct.pack(">II5B", values.shape[1], values.shape[0], depth, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_level_that_is_transparent_is_so_at_every_depth(tmp_path, depth):
+    top = 2**depth - 1
+    values = np.arange(32).reshape(4, 8) * 5 % (top + 1)
+    for clear in {0, 1, top}:
+        write_png(tmp_path / "a.png", values, depth, (b"tRNS", struct.pack(">H", clear)))
+        found = read_picture(tmp_path / "a.png")
+        assert (found.alpha is None) == (not (values == clear).any()) and (found.alpha is None or ((found.alpha[0].numpy() == 0) == (values == clear)).all())
+        assert np.abs(levels(found.colour)[..., 0] - values * 255 / top)[values != clear].max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_every_precision_are_restored_and_carry_no_gradient(tmp_path, kind):
+    colour = (torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(kind).requires_grad_()
+    found = i2sb.restore(colour, "jpeg", model=i2sb.build(PICTURES), calls=1, progress=False, output=tmp_path / "a.png")
+    assert found.dtype == torch.float32 and not found.requires_grad and (tmp_path / "a.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer that never comes
+    for name, place, words in (("pipe", tmp_path / "pipe.png", "a pipe or a device"), ("folder", tmp_path, "a folder")):
+        for read in (read_picture, read_mask, lambda place: to_square(place, 4)):
+            with pytest.raises(ValueError, match=f"^(picture|mask): .* cannot be read as a picture .it is {words}"): read(place)
+    with pytest.raises(FileNotFoundError, match="picture: there is no ''"): read_picture("")
+
+
+def soft_disc(shape=(48, 56)):
+    "A disc with an antialiased edge, levels from 0 to 255, and where it is."
+    rows, columns = np.mgrid[:8 * shape[0], :8 * shape[1]] / 8
+    soft = Image.fromarray((255 * (np.hypot(rows - 24, columns - 28) < 12.3)).astype(np.uint8)).resize(shape[::-1], Image.Resampling.BOX)
+    return np.asarray(soft), np.asarray(soft) > 127.5
+
+
+@many(20)
+@given(colour=st.sampled_from([(255, 255, 255), (255, 0, 0), (0, 0, 0), (20, 160, 60)]), behind=st.sampled_from([0, 255, None]), radius=st.integers(0, 6))
+def test_paint_whose_edges_fade_into_black_or_white_is_paint(colour, behind, radius):
+    soft, _ = soft_disc()
+    alpha = np.asarray(Image.fromarray(soft).filter(ImageFilter.GaussianBlur(radius)))
+    share = alpha[..., None] / 255
+    levels = np.array(colour) * share + behind * (1 - share) if behind is not None else np.broadcast_to(colour, share.shape[:2] + (3,))
+    found = read_mask(Image.fromarray(np.dstack([levels.round().astype(np.uint8), alpha])))[0, 0].numpy() > 0
+    assert (found == (alpha > alpha.max() / 2)).all()
+
+
+def test_a_black_and_white_mask_that_is_partly_transparent_has_two_readings_and_is_refused():
+    soft, hole = soft_disc()
+    stray, margin = np.full(hole.shape, 255), np.full(hole.shape, 255)
+    stray[3, 3], margin[:, :5] = 0, 0
+    for bright in (soft, 255 * hole):
+        for alpha in (stray, margin):
+            image = Image.fromarray(np.dstack([bright] * 3 + [alpha]).astype(np.uint8))
+            with pytest.raises(ValueError, match="mask: .*what is opaque is black and white, and the rest is transparent"): read_mask(image)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 128, 0), (255, 0, 255)])
+@pytest.mark.parametrize("form", ["two values", "soft", "jpeg", "palette"])
+def test_a_colour_on_a_white_page_is_paint_and_so_is_one_on_black(colour, form):
+    soft, hole = soft_disc()
+    share = (soft if form in ("soft", "jpeg") else 255 * hole)[..., None] / 255
+    for page in (255, 0):
+        image, buffer = Image.fromarray((page + share * (np.array(colour) - page)).round().astype(np.uint8)), io.BytesIO()
+        if form == "palette":
+            image = as_labels([page, page, page, *colour])(hole, None)
+        image.save(buffer, "jpeg" if form == "jpeg" else "png", **({"quality": 90, "subsampling": 0} if form == "jpeg" else {}))
+        assert ((read_mask(buffer)[0, 0].numpy() > 0) != hole).mean() < 0.01
+
+
+def test_two_values_are_a_mask_in_every_deep_mode():
+    _, hole = soft_disc()
+    for low, high, kind in ((0, 1000, np.float32), (-0.0, 0.25, np.float32), (5, 100_000, np.int32), (7, 4095, np.uint16), (0, 65535, np.float32)):
+        assert (read_mask(Image.fromarray(np.where(hole, high, low).astype(kind)))[0, 0].numpy() == hole).all()
+    for low, high in ((0, -1), (0, np.nan), (0, np.inf)):
+        with pytest.raises(ValueError, match="mask: "): read_mask(Image.fromarray(np.where(hole, high, low).astype(np.float32)))
+
+
+def points_of(space): return {"Display P3": (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06), "Adobe RGB": (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06),
+                              "sRGB primaries": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)}[space]
+
+
+@many(40)
+@given(space=st.sampled_from([None, *WIDE]), gamma=st.sampled_from([None, 1.0, 1.8, 2.2]), seed=st.integers(0, 10**6), grey=st.booleans())
+def test_colours_that_a_png_describes_in_numbers_come_in_as_they_are_meant(space, gamma, seed, grey):
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    if grey: values = values[..., 0]
+    chunks = [(b"gAMA", struct.pack(">I", round(100_000 / gamma)))] if gamma else []
+    if space: chunks.append((b"cHRM", struct.pack(">8I", *(round(100_000 * number) for number in points_of(space)))))
+    decoded = (values[..., None].repeat(3, -1) if grey else values) / 255.0
+    light = np.where(decoded <= 0.04045, decoded / 12.92, ((decoded + 0.055) / 1.055) ** 2.4) if gamma in (None, 2.2) else decoded**gamma
+    right = encoded(light @ WIDE[space or "sRGB primaries"].T @ np.linalg.inv(SRGB_XYZ).T)
+    with tempfile.TemporaryDirectory() as folder:
+        write_png(Path(folder, "a.png"), values, 8, *chunks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = levels(read_picture(Path(folder, "a.png")).colour)
+        assert np.abs(found - right)[right > 30].max(initial=0) < 2 and np.abs(found - right).max() < 12
+        if gamma in (None, 2.2) and space in (None, "sRGB primaries"): assert np.abs(found - 255 * decoded).max() < 1e-3  # as ever
+        write_png(Path(folder, "b.png"), values, 8, (b"sRGB", b"\0"), *chunks)  # which counts more
+        assert np.abs(levels(read_picture(Path(folder, "b.png")).colour) - 255 * decoded).max() < 1e-3
+
+
+def test_numbers_that_mean_no_colours_are_a_warning_that_names_the_file(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    for points in ((0,) * 8, (31270, 32900) * 4):
+        write_png(tmp_path / "a.png", values, 8, (b"cHRM", struct.pack(">8I", *points)), (b"gAMA", struct.pack(">I", 100_000)))
+        with pytest.warns(UserWarning, match="a.png: its colour profile cannot be used"): found = read_picture(tmp_path / "a.png")
+        assert np.abs(levels(found.colour) - values).max() < 1e-3
+
+
+def test_a_camera_that_notes_adobe_rgb_means_it(tmp_path):
+    values = np.broadcast_to(np.array([[[90, 160, 70]], [[200, 120, 60]]], dtype=np.uint8).repeat(16, 0), (32, 16, 3))
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03", 2: b"0100"}
+    Image.fromarray(values).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    right = encoded((values / 255.0) ** 2.2 @ WIDE["Adobe RGB"].T @ np.linalg.inv(SRGB_XYZ).T)
+    assert np.abs(levels(read_picture(tmp_path / "a.jpg").colour) - right).max() < 5 and np.abs(values - right).max() > 20
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98", 2: b"0100"}
+    Image.fromarray(values).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    assert np.abs(levels(read_picture(tmp_path / "a.jpg").colour) - values).max() < 5
+
+
+@pytest.mark.parametrize("wrong", ["8", None, (1, 2), torch.zeros(3), np.zeros(3), 1j])
+def test_what_is_no_number_is_refused_by_its_arguments_name(tmp_path, wrong):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for name, call in {"size": lambda: to_square(tmp_path / "a.png", wrong), "max_pixels": lambda: read_picture(tmp_path / "a.png", max_pixels=wrong),
+                       "background": lambda: to_square(tmp_path / "a.png", 4, (1, 2, wrong)),
+                       "calls": lambda: i2sb.restore(tmp_path / "a.png", "jpeg", model=i2sb.build(PICTURES), calls=wrong)}.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected a number, got"): call()
+    with pytest.raises(ValueError, match="background: expected red, green and blue, got 255"): to_square(tmp_path / "a.png", 4, 255)

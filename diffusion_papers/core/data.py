@@ -10,6 +10,7 @@ __all__ = ['PHOTOGRAPHS', 'ENDINGS', 'TensorSet', 'digits', 'photographs', 'rand
 # %% ../../nbs/core/08_data.ipynb #e41a31a6
 import gzip
 import math
+import operator
 import os
 import warnings
 import zlib
@@ -143,6 +144,7 @@ def check_labels(
         if strange: raise ValueError(f"class_label: expected 0 to {classes - 1}, got {came(labels[strange[0]])} at place {strange[0]}; "
                                      "either all samples have a class, or none has")
         labels = torch.as_tensor(labels)
+    if labels.ndim != 1: raise ValueError(f"class_label: expected one number a sample, (N,), got shape {tuple(labels.shape)}")
     if labels.dtype != torch.int64: raise ValueError(f"class_label: expected whole numbers (int64), got {labels.dtype}")
     outside = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if not len(outside): return
@@ -172,10 +174,12 @@ def _labels_at_hand(data):
     return [labels[place] for place in chosen]
 
 # %% ../../nbs/core/08_data.ipynb #fba48dee
-ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of pictures
+ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".png",
+           ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # of pictures
 _LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "$recycle.bin",
-           "system volume information", "lost+found"}  # what systems leave behind under names that are not hidden
-_UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raw", ".svg")  # pictures, but not for Pillow
+           "system volume information", "lost+found", "recycler", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
+           "network trash folder", "temporary items"}  # what systems leave behind under names that are not hidden
+_UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".hif", ".jxl", ".kra", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf")  # pictures, but not for Pillow
 _HIDDEN, _OTHER = "hidden, or left behind by a system", "no picture by its ending"
 
 
@@ -194,6 +198,7 @@ def find_pictures(
                 inside = entry.is_symlink() and (top in target.parents or target in top.parents)
                 if target in seen or inside: ignored[entry] = "a link to what is read already"
                 else: seen.add(target); folders.append(entry)
+            elif not entry.is_file(): ignored[entry] = "a pipe or a device"  # which would be waited for without an end
             elif entry.suffix.lower() in ENDINGS: found.append(entry)
             else: ignored[entry] = "a kind of picture that is not read" if entry.suffix.lower() in _UNREAD else _OTHER
     filled = {place for path in found for place in path.parents}
@@ -375,4 +380,5 @@ class RowsOfImages(Dataset):
         sample = {"x0": to_square(row[self.image], self.size, self.background, name=f"row {index}", max_pixels=self.max_pixels)}
         if self.label is None: return sample
         if row[self.label] is None: raise ValueError(f"label: row {index} has no class; leave such rows out, or all classes (label=None)")
-        return sample | {"class_label": int(row[self.label])}
+        try: return sample | {"class_label": operator.index(row[self.label])}
+        except TypeError: raise ValueError(f"label: row {index} has the class {came(row[self.label])}, expected a whole number") from None

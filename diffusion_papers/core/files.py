@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,11 +81,12 @@ def check_output(
     path = Path(path)
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{name}: expected a name ending in {' or '.join(endings)}, got {path.name!r}")
-    if path.is_dir(): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
+    if os.path.isdir(path): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
     place = Path(os.path.realpath(path))
-    nearest = next(folder for folder in place.parents if folder.exists() or folder.is_symlink())
+    nearest = next(folder for folder in place.parents if os.path.lexists(folder))
     if not nearest.is_dir(): raise ValueError(f"{name}: {path} cannot be written, because {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK): raise ValueError(f"{name}: {path} cannot be written: no permission to write in {nearest}")
+    try: tempfile.NamedTemporaryFile(dir=nearest, prefix=f"{place.name}.", suffix=".tmp").close()  # permissions alone do not tell: it is tried
+    except OSError as error: raise ValueError(f"{name}: {path} cannot be written: no file can be made in {nearest} ({error.strerror})") from error
     return path
 
 # %% ../../nbs/core/28_files.ipynb #f3a69b3d

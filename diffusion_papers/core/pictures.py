@@ -8,6 +8,7 @@ __all__ = ['MAX_PIXELS', 'fill_hidden', 'Picture', 'read_picture', 'to_square', 
 # %% ../../nbs/core/29_pictures.ipynb #41d100b1
 import io
 import math
+import os
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -45,6 +46,14 @@ class _Decoded(NamedTuple):
     bits: int           # of a value, where a mode has more than 8
     dpi: tuple | None   # pixels an inch, across and down
     lossy: bool         # whether the format changes values
+    inverted: bool=False  # whether 0 is white and the decoder left it so
+    profile: object=None  # of its colours, bytes or `_Described`; None is sRGB
+
+
+class _Described(NamedTuple):
+    "What a file without a profile says of its colours in a few numbers."
+    gamma: float | None       # light is the level to this power; None is the curve of sRGB
+    points: tuple | None=None # x and y of white, red, green and blue; None are those of sRGB
 
 
 class _TooLarge(ValueError): "A picture with more pixels than were asked for."
@@ -61,6 +70,31 @@ def _bits(file):
     tags = getattr(file, "tag_v2", {})
     stored, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
     return 16 if stored > 16 else stored - signed
+
+
+def _check_decoding(file):
+    "Mend, or refuse, what Pillow would decode wrongly without a word (`ValueError`)."
+    tags, clear = getattr(file, "tag_v2", {}), file.info.get("transparency")
+    if tags.get(284) == 2 and tags.get(259) == 1 and tags.get(258, (8,))[0] > 8:  # planes, not compressed
+        raise ValueError("its channels have more than 8 bits and lie apart, in planes, which is not read; save it with interleaved channels")
+    shallow = {"L;2": 3, "L;4": 15}.get(file.tile[0][3]) if getattr(file, "tile", None) and file.format == "PNG" else None
+    if shallow and isinstance(clear, int): file.info["transparency"] = clear * 255 // shallow  # the levels are spread, this one is not
+
+
+def _inverted(file):
+    "Whether a TIFF has white at 0 in a mode for which Pillow does not turn that round."
+    return getattr(file, "tag_v2", {}).get(262) == 0 and file.mode[0] in "IF"
+
+
+def _profile(file):
+    "The colours that a file means: its profile or, where it has none, its few numbers (PNG), or a camera's note that they are Adobe RGB."
+    if found := file.info.get("icc_profile"): return found
+    gamma, points = file.info.get("gamma"), file.info.get("chromaticity")
+    if "srgb" not in file.info and (gamma or points):
+        return _Described(None if not gamma or abs(gamma * 2.2 - 1) < 0.05 else 1 / gamma, tuple(points) if points else None)
+    try: note = file.getexif().get_ifd(0xA005).get(1, "")  # of the rules that cameras follow
+    except Exception: return None  # a damaged note is said where the orientation is read
+    return _Described(2.2, (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)) if str(note).startswith("R03") else None
 
 
 def _resolution(file, sideways):
@@ -99,7 +133,9 @@ def _decoded(picture, name, max_pixels):
     if ours and not isinstance(picture, (str, Path)) and not hasattr(picture, "read"):
         raise TypeError(f"{name}: expected a path, an image of Pillow's, or a tensor; got {came(picture)}")
     check_range(max_pixels, "max_pixels", 1)
-    called = str(picture) if isinstance(picture, (str, Path)) else "what came"
+    called = str(picture) or "''" if isinstance(picture, (str, Path)) else "what came"
+    if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):  # a pipe would be waited for without an end
+        raise ValueError(f"{name}: {called} cannot be read as a picture (it is {'a folder' if os.path.isdir(picture) else 'a pipe or a device'})")
     try:
         # by a path, Pillow maps some files into memory, and then turns some TIFFs wrongly and keeps them open
         with open(picture, "rb") if isinstance(picture, (str, Path)) else nullcontext(picture) as stream:
@@ -108,10 +144,11 @@ def _decoded(picture, name, max_pixels):
             if across * down > max_pixels:
                 raise _TooLarge(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
                                 f"max_pixels={max_pixels}; raise that to read it all the same")
+            _check_decoding(file)
             if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
             with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
             lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-            return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy)
+            return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy, _inverted(file), _profile(file))
     except (ImportError, MemoryError, _TooLarge): raise
     except image.UnidentifiedImageError:
         raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
@@ -128,12 +165,37 @@ def _deep_levels(decoded):
     if not (low >= 0 and high <= top):
         expected = f"0 to {top}" if mode.startswith("I") else "0 to 1, or 0 to 255,"
         raise ValueError(f"its values, of the mode {mode}, lie between {low:.6g} and {high:.6g}, where {expected} are expected")
-    return values * (255 / top)
+    return (top - values if decoded.inverted else values) * (255 / top)
 
 # %% ../../nbs/core/29_pictures.ipynb #c111244b
+_SRGB_POINTS = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green and blue
+
+
+def _primaries(points):
+    "White (3,) and the primary colours (3, 3) as XYZ, so that the three together are white."
+    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in zip(points[::2], points[1::2])]).T
+    return xyz[:, 0], xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0])
+
+
+def _from_numbers(described):
+    "What takes an RGB image to sRGB, None where it is sRGB already (`ValueError`, `LinAlgError` for numbers that mean no colours)."
+    level = np.arange(256) / 255
+    light = level**described.gamma if described.gamma else np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    (white, ours), (other_white, theirs) = _primaries(_SRGB_POINTS), _primaries(described.points or _SRGB_POINTS)
+    matrix = np.linalg.solve(ours, (white / other_white)[:, None] * theirs).astype(np.float32)  # white stays white
+    if not np.isfinite(matrix).all(): raise ValueError("its numbers mean no colours")
+    if described.gamma is None and np.abs(matrix - np.eye(3)).max() < 0.005: return None
+    def convert(image):
+        linear = (light.astype(np.float32)[np.asarray(image)] @ matrix.T).clip(0, 1)
+        found = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        return require("PIL.Image", "data").fromarray((255 * found).round().astype(np.uint8))
+    return convert
+
+
 @lru_cache(maxsize=16)
 def _to_srgb(profile):
     "What takes an image to sRGB, None where the profile is sRGB itself; and the mode that it starts from."
+    if isinstance(profile, _Described): return _from_numbers(profile), "RGB"
     cms, image = require("PIL.ImageCms", "data"), require("PIL.Image", "data")
     source = cms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
@@ -193,7 +255,7 @@ def _split(image):
 # %% ../../nbs/core/29_pictures.ipynb #1c7eee42
 def _levels(decoded):
     "Levels from 0 to 255: an image of the mode L or RGB or, where a file is finer, float32 (H, W); the opacity (H, W), or None."
-    image, profile = decoded.image, decoded.image.info.get("icc_profile")
+    image, profile = decoded.image, decoded.profile
     if image.mode[0] in "IF":
         fine, (_, alpha) = _deep_levels(decoded), _split(image)
         ramp = require("PIL.Image", "data").fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -237,7 +299,7 @@ def _one_colour_image(picture, name):
     "A tensor (3, H, W), or a batch of one (1, 3, H, W), as (3, H, W) in [-1, 1] (`ValueError`)."
     if tuple(picture.shape[-3:-2]) != (3,) or picture.ndim > 4 or picture.ndim == 4 and len(picture) != 1:
         raise ValueError(f"{name}: expected one colour image, a tensor (3, H, W), got shape {tuple(picture.shape)}")
-    return check_images(picture.reshape(1, *picture.shape[-3:]), name)[0]
+    return check_images(picture.detach().reshape(1, *picture.shape[-3:]), name)[0].float().cpu()
 
 # %% ../../nbs/core/29_pictures.ipynb #11ee83a2
 def to_square(
@@ -250,7 +312,7 @@ def to_square(
 ) -> torch.Tensor:       # (3, size, size) in [-1, 1]
     "The middle of a picture as colour on a background, its shorter side scaled to `size` (`ValueError` where it is none)."
     check_range(size, "size", 1)
-    if len(background) != 3: raise ValueError(f"background: expected red, green and blue, got {came(background)}")
+    if not hasattr(background, "__len__") or len(background) != 3: raise ValueError(f"background: expected red, green and blue, got {came(background)}")
     for level in background: check_range(level, "background", 0, 255)
     decoded = _decoded(picture, name, max_pixels)
     try: levels, alpha = _levels(decoded)
@@ -276,7 +338,7 @@ def write_picture(
     "Write a PNG file in sRGB, or nothing at all (`ValueError` for a name that cannot be, `OSError`)."
     check_output(path, "output", (".png",))
     picture = picture if isinstance(picture, Picture) else Picture(picture)
-    values = _one_colour_image(picture.colour.detach().cpu(), "picture").float() / 2 + 0.5
+    values = _one_colour_image(picture.colour, "picture") / 2 + 0.5
     if picture.alpha is not None: values = torch.cat([values, picture.alpha.cpu()])
     pixels = (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     about = require("PIL.PngImagePlugin", "data").PngInfo()
@@ -324,37 +386,48 @@ def _hole(decoded):
     "Where a picture that serves as a mask has its hole (H, W), by its opacity, labels or brightness (`ValueError`)."
     image = decoded.image
     labels = np.asarray(image) if image.mode == "P" else None
-    decoded = decoded._replace(image=image.copy())
-    decoded.image.info.pop("icc_profile", None)  # which red it is does not matter here
+    decoded = decoded._replace(profile=None)  # which red it is does not matter here
+    if image.mode[0] in "IF" and image.info.get("transparency") is None:  # two values are two values, whatever is white
+        deep = np.asarray(image)
+        if len(found := np.unique(deep)) == 2 and 0 <= found[0] and found[1] < math.inf: return (deep == found[1]) ^ decoded.inverted
     levels, alpha = _levels(decoded)
     levels = _array(levels)
     if alpha is not None and not (painted := alpha > alpha.max() / 2).all(): return _hole_by_opacity(levels, alpha, painted, decoded.lossy)
     if labels is not None and len(found := np.unique(labels)) == 2:
         colours = np.stack([levels[labels == label][0] for label in found]).astype(int)
         if np.ptp(colours, axis=1).max() > 8 or (colours[0] == colours[1]).all(): return labels == found[1]
-    return _hole_by_brightness(levels @ np.array([0.299, 0.587, 0.114]) if levels.shape[2] == 3 else levels[..., 0], decoded.lossy)
+    contrast = np.ptp(levels.astype(float), axis=(0, 1)).max()  # of the channel that has most, because pure blue is dark
+    if levels.shape[2] == 1: return _hole_by_brightness(levels[..., 0], contrast, decoded.lossy)
+    hole = _hole_by_brightness(levels @ np.array([0.299, 0.587, 0.114]), contrast, decoded.lossy)
+    tint, tint_around = (np.median(np.ptp(levels[part].astype(int), axis=1)) for part in (hole, ~hole))
+    return ~hole if tint <= 16 and tint_around > 64 else hole  # a colour on white is paint on a page
 
 
 def _hole_by_opacity(levels, alpha, painted, lossy):
     "Where paint is, if what is opaque has one colour; what was erased, if it has many."
     if not painted.any(): raise ValueError("all of it is transparent; paint the hole, or erase it from the photograph")
-    opaque = levels[painted].astype(int)
-    if np.ptp(opaque, axis=0).max() <= 8: return painted  # soft edges spread a colour a little
+    opaque, share = levels[painted].astype(int), (alpha[painted] / alpha.max())[:, None]
+    thickest = np.median(opaque[share[:, 0] > 0.97], axis=0)
+    for behind in (thickest, 0, 255):  # what soft edges fade into: nothing, black, or white
+        if np.abs(opaque - behind - share * (thickest - behind)).max() <= 8: return painted
     if lossy:  # and lossy formats more, near the edges
         inner = levels[_around(painted, 2)[0] > 0].astype(int)
         if len(inner) and (np.abs(inner - np.median(inner, axis=0)) <= 16).all(axis=1).mean() > 0.9: return painted
     colours = len(np.unique(opaque @ 256 ** np.arange(opaque.shape[1])))
+    bright = opaque.mean(axis=1)
+    if np.ptp(bright) >= 128 and (np.abs(bright - bright.min() - np.ptp(bright) / 2) < 0.35 * np.ptp(bright)).mean() < 0.05:
+        raise ValueError("what is opaque is black and white, and the rest is transparent; make all of it opaque, or paint in one colour")
     if colours > 16: return alpha < 0.5
     raise ValueError(f"what is opaque has {colours} colours; paint the hole in one colour, or erase it from the photograph")
 
 
-def _hole_by_brightness(bright, lossy):
+def _hole_by_brightness(bright, contrast, lossy):
     "Where the brighter of two values is, perhaps with soft edges between (`ValueError`)."
     values = np.unique(bright.round(3))
     if len(values) == 1: raise ValueError(f"all of it has the value {values[0]:g}; the hole is brighter than the rest")
     low, high = values[[0, -1]]
     share = (bright - low) / (high - low)
-    if len(values) == 2 or high - low >= 128 and _black_and_white(share, lossy): return share > 0.5
+    if len(values) == 2 or contrast >= 128 and _black_and_white(share, lossy): return share > 0.5
     raise ValueError(f"expected two values, or black and white, got {_listed(values.tolist())}; make it black and white, white in the hole")
 
 
