@@ -553,7 +553,9 @@ def open_run(
     if not resume and (folder / "ledger.json").exists():
         raise ValueError(f"folder: {folder} holds a run already; resume it, or choose another folder")
     ledger = held.enter_context(Ledger.open(folder / "ledger.json", mechanism) if pays else Ledger.read(folder))
-    if pays: held.enter_context(claim_folder(folder, config, resume))
+    if pays:
+        held.enter_context(claim_folder(folder, config, resume))
+        for left in (*folder.glob("run.*.tmp"), *folder.glob("ledger.*.tmp")): left.unlink()  # of a process that was killed while it wrote
     if has_run(folder): step, _ = load_run(path, model, average, optimizer, config.training)
     ledger.check_covers(step)
     return ledger, step

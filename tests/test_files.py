@@ -284,6 +284,6 @@ def test_models_that_were_saved_or_are_loaded_compiled(tmp_path):
 
 def test_whether_a_file_can_be_made_is_tried_and_leaves_nothing_behind(tmp_path):
     assert check_output(tmp_path / "new" / "a.png") == tmp_path / "new" / "a.png" and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="output: .* cannot be written: no file can be made in"): check_output(tmp_path / ("a" * 300 + ".png"))
+    with pytest.raises(ValueError, match="output: .* cannot be written"): check_output(tmp_path / ("a" * 300 + ".png"))
     if os.path.isdir("/proc/self"):  # where nobody can write, whatever the permissions say
         with pytest.raises(ValueError, match="output: /proc/a.png cannot be written: no file can be made in /proc"): check_output("/proc/a.png")

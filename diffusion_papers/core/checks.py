@@ -107,11 +107,10 @@ def check_range(
     low: float,    # smallest valid value
     high: float=float("inf"),  # largest valid value
 ) -> float:        # value, unchanged
-    "Require low <= value <= high; NaN is refused too (`ValueError`), and so is what is no number (`TypeError`)."
-    try: fits = bool(low <= value <= high)
-    except (TypeError, ValueError, RuntimeError):  # a text, None, several numbers
-        raise TypeError(f"{name}: expected a number, got {came(value)}") from None
-    if not fits:
+    "Require low <= value <= high; NaN is refused too (`ValueError`), and what is no number (`TypeError`)."
+    try: inside = bool(low <= value <= high)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(f"{name}: expected a number, got {came(value)}") from None
+    if not inside:
         expected = f"at least {low}" if high == float("inf") else f"a value in [{low}, {high}]"
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return value

@@ -15,6 +15,12 @@ from dataclasses import dataclass, fields, asdict, replace
 from .checks import check_choice
 
 # %% ../../nbs/core/02_configs.ipynb #509539a7
+def _plain(value):
+    "A value with Python's own numbers instead of those of NumPy and PyTorch."
+    if isinstance(value, tuple): return tuple(map(_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 @dataclass(frozen=True)
 class Config:
     "Base of all configurations: immutable, comparable, printable, and convertible to plain data."
@@ -27,8 +33,8 @@ class Config:
         return {*self.FREE, *(f"{name}.{inner}" for name, config in inside.items() for inner in config.free())}
 
     def to_dict(self) -> dict:
-        "The fields as plain data, ready for JSON; configurations inside become dictionaries."
-        return asdict(self)
+        "The fields as plain data, ready for JSON; configurations inside become dictionaries, numbers of NumPy and PyTorch Python's own."
+        return asdict(self, dict_factory=lambda pairs: {name: _plain(value) for name, value in pairs})
 
     @classmethod
     def from_dict(

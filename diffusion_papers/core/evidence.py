@@ -30,7 +30,7 @@ import torch
 
 from .checkpoints import data_folder
 from .checks import require
-from .files import whole_file
+from .files import read_json, whole_file
 
 # %% ../../nbs/core/13_evidence.ipynb #79107890
 PACKAGE = Path(importlib.util.find_spec("diffusion_papers").origin).parent
@@ -190,6 +190,15 @@ def dotted(function: Callable) -> str:
 def _results_path(slug): return data_folder() / "results" / f"{slug}.json"
 
 
+def _read_results(path):
+    "What is stored in a file of results (`ValueError` names one that is damaged)."
+    results = read_json(path)
+    experiments = results.get("experiments")
+    whole = isinstance(experiments, list) and all(isinstance(e, dict) and isinstance(e.get("setting"), dict) for e in experiments)
+    if not whole: raise ValueError(f"{path} is damaged: expected a list of experiments, each with its setting")
+    return results
+
+
 def run_experiments(
     slug: str,             # the paper
     settings: list[dict],  # one experiment each, plain data; "study" names one of the studies
@@ -199,7 +208,7 @@ def run_experiments(
     "Run the experiments that are not stored yet, or by other code, with progress, and store each as it finishes."
     path = path or _results_path(slug)
     code = {name: code_fingerprint(dotted(study)) for name, study in studies.items()}
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"experiments": []}
+    stored = _read_results(path) if path.is_file() else {"experiments": []}
     done = [experiment for experiment in stored["experiments"]
             if experiment["setting"] in settings and experiment.get("code") == code[experiment["setting"]["study"]]]
     def store(): write_json(path, stored | {"slug": slug, "command": f"make results PAPER={slug}", "experiments": done})
@@ -211,7 +220,7 @@ def run_experiments(
                      "seconds": round(time.perf_counter() - began, 1), "machine": machine()})
         store()
     store()  # what is no longer asked for disappears
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read_results(path)
 
 # %% ../../nbs/core/13_evidence.ipynb #97c10782
 def load_results(
@@ -221,7 +230,7 @@ def load_results(
     "Stored results (`FileNotFoundError` says how to make them)."
     path = path or _results_path(slug)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no stored results; make them with: make results PAPER={slug}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read_results(path)
 
 
 def stale_studies(

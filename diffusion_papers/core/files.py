@@ -11,11 +11,17 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from .checks import came
+
 # %% ../../nbs/core/28_files.ipynb #7972e215
+def _beside(place, ending):
+    "Another name in a file's folder, cut where the whole would be longer than file systems allow (255 bytes)."
+    return place.with_name(f"{os.fsencode(place.name)[:200].decode(errors='ignore')}.{ending}.tmp")
+
+
 @contextmanager
 def whole_file(
     path: Path | str,    # where to write; a link is followed and stays
@@ -24,8 +30,9 @@ def whole_file(
 ):                       # another name, to write to
     "A file that is written under another name, and takes its place when it is complete; after an error nothing has changed (`OSError` names the file)."
     place = Path(os.path.realpath(path))
-    unfinished = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    unfinished = _beside(place, os.getpid())
     try:
+        if place.exists() and not place.is_file(): raise OSError("it is there, and is no plain file")  # a device, for instance
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch(mode=0o600 if private else 0o666)
         mode = (place if place.exists() and not private else unfinished).stat().st_mode & 0o777
@@ -52,7 +59,7 @@ def former_place(
 def _keep(place, private):
     "Give a file its former's name, too: at every moment there is a whole file under each of the names."
     former = former_place(place)
-    second = former.with_name(f"{former.name}.{os.getpid()}.tmp")
+    second = _beside(place, f"previous.{os.getpid()}")
     second.unlink(missing_ok=True)
     try:
         try: os.link(place, second)
@@ -67,7 +74,7 @@ def read_json(
 ) -> dict:             # its content
     "Read a JSON file (`ValueError` names one that is damaged)."
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(content, dict): raise ValueError(f"{path} is damaged: expected names and values, got {type(content).__name__}")
     return content
 
@@ -77,16 +84,23 @@ def check_output(
     name: str="output",      # the argument's name, as the caller wrote it
     endings: tuple=(),       # that the name may have, for instance (".png",); () is any
 ) -> Path:                   # the path
-    "Require a name under which a file can be written: its ending, no folder, a place that is open to this process (`ValueError`)."
+    "Require a name under which a file can be written, by trying it beside: its ending, no folder, an open place (`ValueError`)."
     path = Path(path)
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{name}: expected a name ending in {' or '.join(endings)}, got {path.name!r}")
-    if os.path.isdir(path): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
-    place = Path(os.path.realpath(path))
-    nearest = next(folder for folder in place.parents if os.path.lexists(folder))
+    try: place = Path(os.path.realpath(path)); there = place.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or none at all
+        raise ValueError(f"{name}: {came(str(path))} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    if place.is_dir(): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
+    if place.is_symlink(): raise ValueError(f"{name}: {path} is a link that leads to itself")
+    if there and not place.is_file(): raise ValueError(f"{name}: {path} is there, and is no plain file")
+    if there and not os.access(place, os.W_OK): raise ValueError(f"{name}: {path} cannot be written: no permission to change it")
+    nearest = next(folder for folder in place.parents if folder.exists() or folder.is_symlink())
     if not nearest.is_dir(): raise ValueError(f"{name}: {path} cannot be written, because {nearest} is not a folder")
-    try: tempfile.NamedTemporaryFile(dir=nearest, prefix=f"{place.name}.", suffix=".tmp").close()  # permissions alone do not tell: it is tried
+    trial = _beside(nearest / place.name, f"trial.{os.getpid()}")
+    try: trial.touch()
     except OSError as error: raise ValueError(f"{name}: {path} cannot be written: no file can be made in {nearest} ({error.strerror})") from error
+    trial.unlink()
     return path
 
 # %% ../../nbs/core/28_files.ipynb #f3a69b3d

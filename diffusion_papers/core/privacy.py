@@ -20,6 +20,7 @@ import secrets
 import textwrap
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def subsampled_gaussian_rdp(
 ) -> torch.Tensor:            # divergence of one step at each order (A,), float64
     "Renyi privacy of one step of the Gaussian mechanism on a Poisson sample, for adding or removing an example."
     check_range(q, "q", 0.0, 1.0); _check_noise(noise_multiplier)
-    orders = _check_orders(orders)
+    orders, q, noise_multiplier = _check_orders(orders), float(q), float(noise_multiplier)
     if q == 0: return torch.zeros_like(orders)
     if noise_multiplier == 0: return torch.full_like(orders, math.inf)
     # Noise below 0.01 serves nobody: there the bound by everyone in every batch is enough.
@@ -125,6 +126,7 @@ def gaussian_epsilon(
 ) -> float:                   # the smallest epsilon there is
     "The exact epsilon of steps that every example takes part in."
     _check_delta(delta); _check_steps(steps, 0); _check_noise(noise_multiplier)
+    noise_multiplier, delta = float(noise_multiplier), float(delta)  # an answer in single precision could be too small
     if steps == 0: return 0.0
     if noise_multiplier == 0: return math.inf
     mu = math.sqrt(steps) / noise_multiplier
@@ -177,7 +179,7 @@ def epsilon_spent(
     "What the steps of a run have cost."
     _check_delta(delta); check_choice(accountant, "accountant", ACCOUNTANTS); _check_steps(steps, 0)
     check_range(q, "q", 0.0, 1.0); _check_noise(noise_multiplier)
-    return _composed({(q, noise_multiplier): steps}, delta, accountant)
+    return _composed({(float(q), float(noise_multiplier)): int(steps)}, float(delta), accountant)
 
 # %% ../../nbs/core/23_privacy.ipynb #3d480610
 def noise_multiplier_for(
@@ -303,9 +305,11 @@ class Ledger:
         at_least: int=0,       # steps that the run has taken for certain, for instance those of its checkpoint
     ) -> "Ledger":
         "Begin a ledger, or go on with one (`ValueError` names what does not fit, `RuntimeError` the run that has it)."
-        path = Path(path)
+        path, mechanism = Path(path).absolute(), Mechanism.from_dict(mechanism.to_dict())  # as it will be read again
         if path.is_symlink() and not path.exists():
             raise ValueError(f"path: {path} is a link to a ledger that is not there; a new one would begin at no steps")
+        if path.exists() and path.stat().st_nlink > 1:
+            raise ValueError(f"path: {path} has another name (a hard link), under which its payments would not be seen; a ledger has one name")
         lock = locked(os.path.realpath(path) + ".lock", f"path: the ledger {path}")
         try:
             before, taken = _read_ledger(path) if path.exists() else (mechanism.to_dict(), 0)
@@ -329,7 +333,7 @@ class Ledger:
         "Look at a ledger, also while a run has it (`ValueError` where there is none, or a damaged one)."
         path = Path(path)
         if path.is_dir(): path = path / "ledger.json"
-        if not path.exists(): raise ValueError(f"path: there is no ledger {path}")
+        if not path.is_file(): raise ValueError(f"path: there is no ledger {path}")
         plain, taken = _read_ledger(path)
         try: mechanism = Mechanism.from_dict(plain)
         except (ValueError, TypeError) as error: raise ValueError(f"path: {path} is damaged, or no ledger ({error})") from error
@@ -452,53 +456,113 @@ def public_generator(
     return torch.Generator(device).manual_seed(seed)
 
 # %% ../../nbs/core/23_privacy.ipynb #d18517dc
-def _own_tensor(node):
-    "The name in self.name, self.name[...], self.name.mul_(...) and the like; None for other expressions."
+def _field(node, own, other_names):
+    "The name in self.name, self.name[...], self.name.mul_(...) and the like, also through another name; None for other expressions."
     while isinstance(node, (ast.Subscript, ast.Attribute, ast.Call)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self": return node.attr
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own: return node.attr
         if isinstance(node, ast.Call):
             method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             if not method.endswith("_") and method not in ("detach", "view"): return None  # it returns another tensor
             node = node.func
         node = node.value
+    return other_names.get(node.id) if isinstance(node, ast.Name) else None
 
 
+@functools.cache
 def _methods(kind):
-    "Name -> syntax tree of the methods of a module's class, as far as its source is there."
+    "Name -> syntax tree of the methods of a module's class, as far as its source is there; PyTorch's own layers are known."
     found = {}
     for base in reversed(kind.__mro__[:kind.__mro__.index(nn.Module)]):
+        if base.__module__.startswith("torch.nn.modules."): continue
         try: tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError): continue
-        found |= {node.name: node for node in tree.body[0].body if isinstance(node, ast.FunctionDef)}
+        found |= {node.name: node for node in tree.body[0].body if isinstance(node, ast.FunctionDef) and node.args.args}
     return found
 
 
+_GROWS = ("append", "appendleft", "extend", "insert", "add", "update", "setdefault")  # methods of lists, sets and dictionaries
+
+
+def _writes(part, method, other_names):
+    "The fields of a module that one of its methods writes."
+    own, written = method.args.args[0].arg, set()
+    field = lambda node: _field(node, own, other_names)
+    for node in ast.walk(method):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            inner = [part for target in targets for part in getattr(target, "elts", [target])]
+            written |= {field(target) for target in inner if isinstance(node, ast.AugAssign) or not isinstance(target, ast.Name)}
+        if not isinstance(node, ast.Call): continue
+        written |= {field(word.value) for word in node.keywords if word.arg == "out"}
+        if isinstance(node.func, ast.Attribute):
+            name = field(node.func.value)
+            if node.func.attr.endswith("_") or node.func.attr in _GROWS and isinstance(getattr(part, name or "", None), (list, set, dict, deque)):
+                written.add(name)
+    return written
+
+
 def _written(part):
-    "The buffers of a module that its forward pass writes, as far as its source tells."
-    buffers = {name for name, _ in part.named_buffers(recurse=False)}
-    methods, ahead, written = _methods(type(part)) if buffers else {}, ["forward"], set()
+    "What a module holds and its forward pass writes, buffer or not, as far as its source tells."
+    methods, ahead, written = dict(_methods(type(part))), ["forward"], set()
     while ahead:
-        for node in ast.walk(methods.pop(ahead.pop(), ast.Pass())):
-            targets = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else getattr(node, "targets", [])
-            for target in targets: written |= {_own_tensor(inner) for inner in getattr(target, "elts", [target])}
-            if not isinstance(node, ast.Call): continue
-            written |= {_own_tensor(word.value) for word in node.keywords if word.arg == "out"}
-            if isinstance(node.func, ast.Attribute):
-                if node.func.attr.endswith("_"): written.add(_own_tensor(node.func.value))
-                ahead.append(node.func.attr)  # perhaps another method of this module
-    return sorted(buffers & written)
+        method = methods.pop(ahead.pop(), None)
+        if method is None: continue
+        stored = [node for node in ast.walk(method) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        once = {node.id for node in stored if sum(node.id == other.id for other in stored) == 1}
+        other_names = {node.targets[0].id: _field(node.value, method.args.args[0].arg, {}) for node in ast.walk(method)
+                       if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in once}
+        written |= _writes(part, method, other_names)
+        ahead += [node.func.attr for node in ast.walk(method)  # perhaps another method of this module
+                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return sorted(written - {None} - part._modules.keys())
 
 # %% ../../nbs/core/23_privacy.ipynb #9bcac9cc
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _stored(value, name, found, seen):
+    "Put what a module stores into `found`, by name: parameters, buffers, tensors, arrays and numbers, also in lists and dictionaries."
+    if isinstance(value, (torch.Tensor, np.ndarray, int, float)): found[name] = value
+    elif id(value) in seen: return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        inside = vars(value) | {"training": None} | value._parameters | value._buffers | value._modules
+        inside = {field: part for field, part in inside.items() if field not in _OF_EVERY_MODULE}
+    elif isinstance(value, dict): inside = value
+    else: inside = dict(enumerate(value)) if isinstance(value, (list, tuple, set, deque)) else {}
+    for field, part in inside.items(): _stored(part, f"{name}.{field}".lstrip("."), found, seen)
+
+
+def _same(one, other):
+    "Whether two stored values are equal; NaN is NaN, as before."
+    one, other = (value if isinstance(value, torch.Tensor) else np.asarray(value) for value in (one, other))
+    return type(one) is type(other) and one.shape == other.shape and bool(((one == other) | (one != one) & (other != other)).all())
+
+
 def _changed_by_a_pass(model, loss, batch):
-    "Names of buffers and parameters that a pass in training changes; the model itself is left alone."
-    trial = copy.deepcopy(model).train()
-    tensors = lambda: {**dict(trial.named_parameters()), **dict(trial.named_buffers())}
-    before = {name: value.detach().clone() for name, value in tensors().items()}
+    "Names of what a pass in training changes in a model; the model itself is left alone."
+    trial, before, after = copy.deepcopy(model).train(), {}, {}
+    _stored(trial, "", before, set())
+    before = {name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value) for name, value in before.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]): loss(trial, batch)
-    after = tensors()
-    same = lambda a, b: a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())  # NaN is NaN, as before
+    _stored(trial, "", after, set())
+    after = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in after.items()}
     return sorted(name for name in before.keys() | after.keys()
-                  if name not in before or name not in after or not same(before[name], after[name]))
+                  if name not in before or name not in after or not _same(before[name], after[name]))
+
+
+def _depends_on_others(model, loss, batch):
+    "Whether the loss of an example is another one when the model sees, or has seen, the others as well."
+    trial = copy.deepcopy(model).train()
+    def losses(first, count):
+        torch.default_generator.manual_seed(0)
+        return _check_losses(loss(trial, {name: value[first:first + count] for name, value in batch.items()}), count).double()
+    count = _count(batch)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        before, alone = losses(0, count), torch.cat([losses(number, 1) for number in range(count)])
+        after, size = losses(0, count), before.abs().mean().item()
+    near = lambda other, tolerance: torch.allclose(before, other, tolerance, tolerance * size, equal_nan=True)
+    return not near(alone, 1e-2) or not near(after, 1e-5)  # other shapes round otherwise; the same ones hardly
 
 
 def check_private(
@@ -521,9 +585,12 @@ def check_private(
     found = [f"{name or 'the model'} ({type(part).__name__}) {reason(part)}"
              for name, part in model.named_modules() if reason(part)]
     if not found and loss is not None:
+        parts = dict(model.named_modules())
         for name in _changed_by_a_pass(model, loss, batch):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            found.append(f"{name.rpartition('.')[0] or 'the model'} ({type(owner).__name__}) changes {name} in a pass")
+            owner = max((part for part in parts if f"{name}.".startswith(f"{part}.") or not part), key=len)
+            found.append(f"{owner or 'the model'} ({type(parts[owner]).__name__}) changes {name} in a pass")
+        if not found and _depends_on_others(model, loss, batch):
+            found.append("the loss of an example depends on what else the model sees, or has seen before")
     if found: raise ValueError(f"model: expected parts that keep examples apart; {'; '.join(found)}")
     return model
 

@@ -142,7 +142,7 @@ def _parts_of(kept, about):
     "What an unfinished table holds, if it is of the same code and machine."
     try: stored = json.loads(kept.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError): return {}  # none, or damaged
-    same = isinstance(stored, dict) and about == {name: stored.get(name) for name in about}
+    same = isinstance(stored, dict) and isinstance(stored.get("parts"), dict) and about == {name: stored.get(name) for name in about}
     print(f"{kept.name}: going on" if same else f"{kept.name} is of another machine or other code: starting anew", file=sys.stderr)
     return stored["parts"] if same else {}
 

@@ -9,7 +9,6 @@ __all__ = ['TrainingConfig', 'lr_factor', 'step_seed', 'Batches', 'Draws', 'upda
 
 # %% ../../nbs/core/10_training.ipynb #5781235b
 import copy
-import json
 import math
 import os
 import warnings
@@ -27,7 +26,7 @@ from .checkpoints import CheckpointError, check_fits, load_checkpoint, load_into
 from .checks import check_choice, check_device, check_fields, check_range, check_seed, require
 from .configs import Config, differences
 from .evidence import write_json
-from .files import former_place, locked
+from .files import former_place, locked, read_json
 
 # %% ../../nbs/core/10_training.ipynb #708a5ab3
 @dataclass(frozen=True)
@@ -259,10 +258,11 @@ def free_fields(
     config: Config,      # the whole configuration of the paper
 ) -> set[str]:           # names, see `Config.free`
     "What may change when the run of a folder is resumed: what is free in general, and the stages that have not begun."
-    free, begun = config.free(), [stage for stage in config.STAGES if has_run(Path(folder) / stage)]
-    for stage, names in config.STAGES.items():
-        if stage not in begun: free |= set(names)
-        elif stage != begun[-1]:  # what comes next was built upon it, so that it cannot go on
+    free, stages = config.free(), list(config.STAGES)
+    last = max((place for place, stage in enumerate(stages) if has_run(Path(folder) / stage)), default=-1)
+    for place, names in enumerate(config.STAGES.values()):
+        if place > last: free |= set(names)
+        elif place < last:  # what comes next was built upon it, so that it cannot go on, or become another one where it was removed
             free -= {name for name in free if name.split(".")[0] in names and name.endswith(".steps")}
     return free
 
@@ -282,7 +282,7 @@ def claim_folder(
         if has_run(folder):
             if not resume: raise ValueError(f"folder: {folder} holds a run already; resume it, or choose another folder")
             if not path.is_file(): raise ValueError(f"folder: {folder} holds a run and no config.json that says of what")
-            try: before = type(config).from_dict(json.loads(path.read_text(encoding="utf-8")))  # fields that came later have their defaults
+            try: before = type(config).from_dict(read_json(path))  # fields that came later have their defaults
             except (ValueError, TypeError) as error:
                 raise ValueError(f"folder: {path} is damaged, or no {type(config).__name__} ({error})") from error
             changed = differences(before.to_dict(), config.to_dict(), free_fields(folder, config))
