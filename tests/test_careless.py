@@ -213,6 +213,12 @@ def test_an_output_spares_what_a_run_keeps_and_what_is_read(words, kept, tmp_pat
     assert told.startswith("error: --output: ") and told.count("\n") == 1 and (tmp_path / kept).read_bytes() == before
 
 
+def test_a_grid_without_points_is_named():
+    from diffusion_papers.core import spectral
+    for function in (spectral.cosine_transform, spectral.energy_spectrum, spectral.autocovariance, lambda u: spectral.resample(u, (4, 4))):
+        with pytest.raises(ValueError, match="u: expected a grid with at least one point"): function(torch.zeros(2, 0, 8))
+
+
 # ---- runs and results
 
 
