@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -212,6 +213,12 @@ def test_an_output_spares_what_a_run_keeps_and_what_is_read(words, kept, tmp_pat
     assert told.startswith("error: --output: ") and told.count("\n") == 1 and (tmp_path / kept).read_bytes() == before
 
 
+def test_a_grid_without_points_is_named():
+    from diffusion_papers.core import spectral
+    for function in (spectral.cosine_transform, spectral.energy_spectrum, spectral.autocovariance, lambda u: spectral.resample(u, (4, 4))):
+        with pytest.raises(ValueError, match="u: expected a grid with at least one point"): function(torch.zeros(2, 0, 8))
+
+
 # ---- runs and results
 
 
@@ -241,6 +248,22 @@ def test_damaged_results_are_named_and_kept(content, tmp_path):
     assert path.read_text() == content
     if content[:1] == "[":
         with pytest.raises(ValueError, match="is damaged"): read_json(path)
+
+
+def test_a_paper_that_ends_the_program_is_unfinished_and_a_demonstration_that_does_has_failed(tmp_path, monkeypatch):
+    from diffusion_papers.core import page, registry
+    module = types.ModuleType("diffusion_papers.odd")
+    monkeypatch.setattr(registry, "papers", lambda *_: {"odd": "An odd paper."})
+    def leave(*_): sys.exit("bye")
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.importlib, "import_module", leave)
+        with pytest.raises(registry.UnfinishedPaper, match="odd cannot be imported .SystemExit: bye"): registry.paper("odd")
+    monkeypatch.setitem(sys.modules, "diffusion_papers.odd", module)
+    module.CONFIGS, module.demonstrate = None, leave
+    with pytest.raises(registry.UnfinishedPaper, match="CONFIGS is no dictionary"): registry.paper("odd")
+    module.CONFIGS = {}
+    assert not page.write_demonstrations(tmp_path / "page.html", lambda line: None, ["odd"])
+    assert "The program broke" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -104,7 +104,7 @@ def try_demonstration(
         if missing := lacking(module, "demo"): return "", "skipped", f"paper {name} offers no {', no '.join(missing)} yet"
         shown = module.demonstrate()
         return (html_section(shown, time.perf_counter() - began), "holds" if shown.holds else "does not hold", shown.verdict)
-    except Exception as error: return html_failure(name, error), "failed", f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error: return html_failure(name, error), "failed", f"{type(error).__name__}: {error}"
 
 
 def write_demonstrations(

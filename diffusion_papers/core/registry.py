@@ -69,8 +69,9 @@ def paper(
     "Import a paper's module (`ValueError` for an unknown name, `UnfinishedPaper` where it fails or lacks something)."
     check_choice(name, "paper", tuple(papers()))
     try: module = importlib.import_module(f"diffusion_papers.{name}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnfinishedPaper(f"paper {name} cannot be imported ({type(error).__name__}: {error})") from error
+    if not isinstance(module.CONFIGS, dict): raise UnfinishedPaper(f"paper {name} has no presets yet: its CONFIGS is no dictionary")
     if command and (missing := lacking(module, command)):
         raise UnfinishedPaper(f"paper {name} offers no {', no '.join(missing)} yet, which {command} needs")
     return module

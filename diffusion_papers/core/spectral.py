@@ -41,6 +41,7 @@ def real_values(
     if not isinstance(u, torch.Tensor) or not u.is_floating_point():
         raise TypeError(f"{name}: expected real floating-point values, got {getattr(u, 'dtype', type(u).__name__)}")
     if u.ndim < dim: raise ValueError(f"{name}: expected functions on a grid of {dim} axes, got shape {tuple(u.shape)}")
+    if 0 in u.shape[-dim:]: raise ValueError(f"{name}: expected a grid with at least one point along each axis, got shape {tuple(u.shape)}")
     return u.to(torch.promote_types(u.dtype, torch.float32))
 
 # %% ../../nbs/core/24_spectral.ipynb #3b6cb1c4
