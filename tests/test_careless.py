@@ -11,12 +11,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from extras import need
 
 need("train", "data")
+
+from PIL import Image
 
 from diffusion_papers import dpdm, genie
 from diffusion_papers.__main__ import main
