@@ -269,7 +269,8 @@ def test_a_paper_that_ends_the_program_is_unfinished_and_a_demonstration_that_do
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_key_pressed_while_the_program_is_imported_prints_no_page():
-    process = subprocess.Popen([sys.executable, "-m", "diffusion_papers", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "diffusion_papers", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore the key
     maps, waited = f"/proc/{process.pid}/maps", time.time() + 10
     while time.time() < waited and os.path.exists(maps) and "torch" not in open(maps).read(): time.sleep(0.005)
     process.send_signal(signal.SIGINT)
