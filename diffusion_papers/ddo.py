@@ -754,7 +754,7 @@ def function_measures(
             "histogram": float(wasserstein(thin(made), thin(real))),
             "autocovariance": ((alike[0] - alike[1]).norm() / alike[1].norm()).item()}
 
-
+# %% ../nbs/papers/08_ddo.ipynb #246d1dda
 def moment_errors(
     made: torch.Tensor,  # functions (N, ...)
     real: torch.Tensor,  # functions to compare with, on the same grid (M, ...)
@@ -777,7 +777,7 @@ def amplitude_spectrum(
     zeros = amplitudes.new_zeros(*amplitudes.shape[:-1], 2 * half)
     return zeros.index_add(-1, place, amplitudes).abs()[..., :half]
 
-
+# %% ../nbs/papers/08_ddo.ipynb #722a20f8
 def evaluate(
     model: FunctionModel,      # for instance load_pretrained()
     count: int | None=None,    # functions; None is the configuration's number
@@ -1038,7 +1038,7 @@ def _call_row(points, device):
             **paired(lambda: model(small, sigma), lambda: model(v, sigma), device=device),
             "n^2 log n": (points / 32)**2 * math.log(points) / math.log(32)}
 
-
+# %% ../nbs/papers/08_ddo.ipynb #e639a477
 def benchmark(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> dict[str, Callable]:  # name -> measures it: rows with what, seconds of both sides, median of the paired ratios

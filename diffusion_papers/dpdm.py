@@ -138,7 +138,7 @@ class MixerConfig(PerceptronConfig):
         check_range(self.patch, "patch", 1, 2**20)
         if self.size % self.patch: raise ValueError(f"patch: expected a divisor of the size {self.size}, got {self.patch}")
 
-
+# %% ../nbs/papers/06_dpdm.ipynb #cd32efbb
 class Embedding(nn.Module):
     "Noise level and class as one vector, from linear layers alone."
 

@@ -260,7 +260,7 @@ class ImageFolder(Dataset):
         x0, label = to_square(self.paths[index], self.size, self.background, max_pixels=self.max_pixels), self.labels[index]
         return {"x0": x0} if label is None else {"x0": x0, "class_label": label}
 
-
+# %% ../../nbs/core/08_data.ipynb #2a75e12a
 class Mirrored(Dataset):
     "A data set of images with every image there a second time, left and right exchanged."
 

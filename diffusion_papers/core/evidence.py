@@ -114,7 +114,7 @@ class _Bare(ast.NodeTransformer):
         node.annotation = ast.Constant(...)
         return node
 
-
+# %% ../../nbs/core/13_evidence.ipynb #6b81c2f7
 def _bare(nodes):
     "Statements in the form that counts."
     return [_Bare().visit(copy.deepcopy(node)) for node in nodes]

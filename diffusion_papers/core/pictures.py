@@ -58,7 +58,7 @@ class _Described(NamedTuple):
 
 class _TooLarge(ValueError): "A picture with more pixels than were asked for."
 
-
+# %% ../../nbs/core/29_pictures.ipynb #d8fc599b
 def _frames(file):
     "How many pages or frames a file has."
     try: return getattr(file, "n_frames", 1)
@@ -96,7 +96,7 @@ def _profile(file):
     except Exception: return None  # a damaged note is said where the orientation is read
     return _Described(2.2, (0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)) if str(note).startswith("R03") else None
 
-
+# %% ../../nbs/core/29_pictures.ipynb #9ee4fec2
 def _resolution(file, sideways):
     "Pixels an inch, across and down; None where a file says nothing sensible."
     try: across, down = map(float, file.info["dpi"])
@@ -125,7 +125,7 @@ def _upright(file, called):
     turned = file.transpose(image.Transpose[_TURNS[left]]) if left in _TURNS else file
     return turned, noted in (5, 6, 7, 8)
 
-
+# %% ../../nbs/core/29_pictures.ipynb #02ed14ef
 def _decoded(picture, name, max_pixels):
     "Read a path, an open file or an image of Pillow's (`TypeError`, `ValueError`, `FileNotFoundError`); files are closed."
     image = require("PIL.Image", "data")
@@ -365,7 +365,7 @@ def read_mask(
         raise ValueError(f"{name}: it takes {'every' if hole.any() else 'no'} pixel for the hole; a hole is a part of the picture")
     return torch.from_numpy(hole)[None, None].float()
 
-
+# %% ../../nbs/core/29_pictures.ipynb #f3cea346
 def _hole_of_tensor(mask, name):
     "A tensor of zeros and ones (H, W), perhaps with leading ones, as booleans (H, W) (`ValueError`)."
     if mask.ndim < 2 or mask.ndim > 4 or math.prod(mask.shape[:-2]) != 1 or not mask.numel():
@@ -381,7 +381,7 @@ def _listed(values):
     return f"the values {', '.join(f'{value:g}' for value in values)}" if len(values) <= 6 else (
         f"{len(values)} values from {min(values):g} to {max(values):g}")
 
-
+# %% ../../nbs/core/29_pictures.ipynb #6f33d27b
 def _hole(decoded):
     "Where a picture that serves as a mask has its hole (H, W), by its opacity, labels or brightness (`ValueError`)."
     image = decoded.image
@@ -402,7 +402,7 @@ def _hole(decoded):
     tint, tint_around = (np.median(np.ptp(levels[part].astype(int), axis=1)) for part in (hole, ~hole))
     return ~hole if tint <= 16 and tint_around > 64 else hole  # a colour on white is paint on a page
 
-
+# %% ../../nbs/core/29_pictures.ipynb #d6d19a5c
 def _hole_by_opacity(levels, alpha, painted, lossy):
     "Where paint is, if what is opaque has one colour; what was erased, if it has many."
     if not painted.any(): raise ValueError("all of it is transparent; paint the hole, or erase it from the photograph")
@@ -420,7 +420,7 @@ def _hole_by_opacity(levels, alpha, painted, lossy):
     if colours > 16: return alpha < 0.5
     raise ValueError(f"what is opaque has {colours} colours; paint the hole in one colour, or erase it from the photograph")
 
-
+# %% ../../nbs/core/29_pictures.ipynb #865c14a7
 def _hole_by_brightness(bright, contrast, lossy):
     "Where the brighter of two values is, perhaps with soft edges between (`ValueError`)."
     values = np.unique(bright.round(3))

@@ -564,7 +564,7 @@ def _depends_on_others(model, loss, batch):
     near = lambda other, tolerance: torch.allclose(before, other, tolerance, tolerance * size, equal_nan=True)
     return not near(alone, 1e-2) or not near(after, 1e-5)  # other shapes round otherwise; the same ones hardly
 
-
+# %% ../../nbs/core/23_privacy.ipynb #ff56a18a
 def check_private(
     model: nn.Module,            # to be trained privately
     loss: Callable | None=None,  # (model, batch) -> one value an example (B,): with it, a pass is tried

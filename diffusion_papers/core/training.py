@@ -188,7 +188,7 @@ def save_run(
                     {"kind": "training run", "step": step, "config": config.to_dict(), "scale": scale,
                      "parameters": names, "waiting": waiting}, private=private, keep=True)
 
-
+# %% ../../nbs/core/10_training.ipynb #ecd0ee29
 def has_run(
     folder: Path | str,  # of a run, or of several stages
 ) -> bool:
@@ -210,7 +210,7 @@ def read_run(
         except CheckpointError: way = f"there is no whole one before it: remove {path}, then start again"
         raise CheckpointError(f"{error}; {way}") from error
 
-
+# %% ../../nbs/core/10_training.ipynb #fced8d3b
 def load_run(
     path: Path,                        # the run's file
     model: nn.Module,                  # receives the weights
