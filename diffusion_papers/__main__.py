@@ -32,10 +32,10 @@ from types import NoneType
 
 import torch
 
-from .core.checks import check_device, check_range
-from .core.configs import Config, describe
-from .core.files import check_output, whole_file
-from .core.registry import UnfinishedPaper, paper, papers, unfinished
+from .workbench.checks import check_device, check_range
+from .workbench.configs import Config, describe
+from .workbench.files import check_output, whole_file
+from .workbench.registry import UnfinishedPaper, paper, papers, unfinished
 
 # %% ../nbs/command_line.ipynb #28123557
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", tuple: "a list", NoneType: "none"}
@@ -189,7 +189,7 @@ def check_spared(
 
 def do_train(args):
     "Train, and write the model and how it was made."
-    from diffusion_papers.core.evidence import machine, write_json
+    from diffusion_papers.workbench.results import machine, write_json
     module = paper(args.paper, "train")
     config, folder = _config(args, module), Path(args.folder or f"runs/{args.paper}/{args.preset}")
     check_output(folder / "config.json", "--folder")
@@ -226,8 +226,8 @@ PRIVATE_DATA = "its data are private, or yours to bring, and are not read unaske
 
 def do_sample(args):
     "Draw samples into a picture."
-    from diffusion_papers.core.plots import png, tile
-    from diffusion_papers.core.timing import waiting
+    from diffusion_papers.workbench.plots import png, tile
+    from diffusion_papers.workbench.timing import waiting
     module, path = paper(args.paper, "sample"), check_output(args.output, "--output", (".png",))
     options = converted(module.sample, args.set)
     with waiting("drawing"): images = module.sample(_model(args, module), **options)
@@ -239,8 +239,8 @@ def do_sample(args):
 
 def do_evaluate(args):
     "Measure a model, print a table, and write it where wanted."
-    from diffusion_papers.core.evidence import write_json
-    from diffusion_papers.core.timing import waiting
+    from diffusion_papers.workbench.results import write_json
+    from diffusion_papers.workbench.timing import waiting
     module = paper(args.paper, "evaluate")
     if args.output is not None:
         check_output(args.output, "--output", (".json",))
@@ -271,7 +271,7 @@ def do_restore(args):
 # %% ../nbs/command_line.ipynb #e90aa0de
 def do_results(args):
     "Run the slow experiments of a paper that are not stored yet."
-    from diffusion_papers.core.evidence import run_experiments, verify_results
+    from diffusion_papers.workbench.results import run_experiments, verify_results
     module = paper(args.paper, "results")
     if args.verify:
         for study, holds in verify_results(args.paper, module.STUDIES, module.PROBES).items():
@@ -283,7 +283,7 @@ def do_results(args):
 
 def do_demo(args):
     "Run every paper's demonstration and write one page."
-    from diffusion_papers.core.page import write_demonstrations
+    from diffusion_papers.workbench.page import write_demonstrations
     check_output(args.output, "--output", (".html", ".htm"))
     for name in args.papers: paper(name, "demo")
     if not write_demonstrations(args.output, names=args.papers or None):
@@ -295,7 +295,7 @@ def _numbers(row): return "  ".join(f"{value:10.4g}" if isinstance(value, float)
 
 def do_spent(args):
     "Add up what private runs on the same data have spent; what copied ledgers have in common counts for each copy."
-    from diffusion_papers.core.privacy import Ledger, total_spent
+    from diffusion_papers.topics.privacy import Ledger, total_spent
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always")
         ledgers = {os.path.realpath(ledger.path): ledger for ledger in map(Ledger.read, args.ledgers)}  # a file counts once
@@ -310,7 +310,7 @@ def do_spent(args):
 
 def do_bench(args):
     "Time a paper's parts against straightforward ways to do the same, and store the table."
-    from diffusion_papers.core.timing import measure, table_path
+    from diffusion_papers.workbench.timing import measure, table_path
     device, module = check_device(args.device), paper(args.paper, "bench")
     path = table_path(f"{args.paper}_{device}")
     measure(path, module.benchmark(device), f"make bench PAPER={args.paper}", (f"diffusion_papers.{args.paper}.benchmark",), _numbers)
@@ -319,7 +319,7 @@ def do_bench(args):
 
 def do_scale(args):
     "Build, train one step, save and resume every preset of a paper; memory and time are stored."
-    from diffusion_papers.core.scale import scale_table
+    from diffusion_papers.workbench.scale import scale_table
     paper(args.paper, "scale")
     scale_table(args.paper, check_device(args.device))
 

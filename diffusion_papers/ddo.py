@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'FORCE', 'PROCESSES', 'LAWS', 'LOSSES', 'SAMPLERS', 'VORTICITY', 'DISTANCES', 'VOLCANO', 'CONFIGS',
-           'VARIANTS', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES', 'gaussian_operator', 'mixture_operator',
-           'empirical_operator', 'squared_norm', 'score_matching_loss', 'ladder', 'variance_recursion',
-           'stationary_variance', 'step_limit', 'crank_nicolson_langevin', 'released_langevin', 'BlurredVP',
-           'blurred_step', 'blurred_sample', 'blurred_flow_step', 'vorticity_fields', 'vorticity', 'gaussian_processes',
-           'random_sines', 'signed_distances', 'digit_distances', 'wrapped_bumps', 'circular_moments', 'read_functions',
-           'DdoConfig', 'FunctionModel', 'build', 'field_noise', 'colored', 'denoising_loss', 'blurred_loss',
-           'ladder_loss', 'load_data', 'train', 'sample_functions', 'sample', 'spectrum_error', 'function_measures',
-           'moment_errors', 'amplitude_spectrum', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step',
-           'study_claim', 'study_fine', 'gradient_penalty', 'train_gano', 'load_authors_checkpoint', 'demonstrate',
-           'plain_step', 'benchmark']
+           'save_model', 'load_model', 'load_pretrained', 'VARIANTS', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES',
+           'gaussian_operator', 'mixture_operator', 'empirical_operator', 'squared_norm', 'score_matching_loss',
+           'ladder', 'variance_recursion', 'stationary_variance', 'step_limit', 'crank_nicolson_langevin',
+           'released_langevin', 'BlurredVP', 'blurred_step', 'blurred_sample', 'blurred_flow_step', 'vorticity_fields',
+           'vorticity', 'gaussian_processes', 'random_sines', 'signed_distances', 'digit_distances', 'wrapped_bumps',
+           'circular_moments', 'read_functions', 'DdoConfig', 'FunctionModel', 'build', 'field_noise', 'colored',
+           'denoising_loss', 'blurred_loss', 'ladder_loss', 'load_data', 'train', 'sample_functions', 'sample',
+           'spectrum_error', 'function_measures', 'moment_errors', 'amplitude_spectrum', 'evaluate', 'study_claim',
+           'study_fine', 'gradient_penalty', 'train_gano', 'load_authors_checkpoint', 'demonstrate', 'plain_step',
+           'benchmark']
 
 # %% ../nbs/papers/08_ddo.ipynb #8a1fe271
 import functools
@@ -27,23 +27,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core.checkpoints import (CheckpointError, data_folder, load_checkpoint, load_configured,
-                                               load_foreign, load_into, plain_names, pretrained_path, save_configured)
-from .core.checks import check_choice, check_device, check_fields, check_range, check_seed, check_some, check_tensor, require
-from .core.configs import Config
+from .workbench.checkpoints import (CheckpointError, data_folder, load_checkpoint, load_foreign, load_into,
+                                               model_files, plain_names)
+from .workbench.checks import check_choice, check_device, check_fields, check_range, check_seed, check_some, check_tensor, require
+from .workbench.configs import Config
 from .core.data import TensorSet
 from .core.denoisers import per_sample
-from .core.diffusion import short_training
-from .core.fluids import NavierStokes, solve
-from .core.gaussian_fields import (GaussianMeasure, KernelField, Matern, PeriodicField,
+from .topics.fluids import NavierStokes, solve
+from .topics.gaussian_fields import (GaussianMeasure, KernelField, Matern, PeriodicField,
                                                    ReleasedCosineField, cholesky, nested_sample)
 from .core.networks import authors_tensors
-from .core.neural_operators import Fno, FnoConfig, spectral_convolution_2d
-from .core.operator_networks import (FnoUNet, FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
+from .topics.neural_operators import Fno, FnoConfig, spectral_convolution_2d
+from .topics.operator_networks import (FnoUNet, FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
                                                      UShapedOperator, operator_keys)
 from .core.samplers import ancestral, annealed_langevin, euler, log_grid
-from .core.spectral import autocovariance, cosine_transform, energy_spectrum, resample
-from .core.timing import paired, progress
+from .topics.spectral import autocovariance, cosine_transform, energy_spectrum, resample
+from .workbench.timing import paired, progress
 from .core.training import Draws, TrainingConfig, claim_folder, fit, step_seed
 
 # %% ../nbs/papers/08_ddo.ipynb #0314521c
@@ -507,6 +506,8 @@ class DdoConfig(Config):
                                               checkpoint_every=100)
     FREE = ("evaluated",)
 
+    def brief(self, steps=1): return replace(super().brief(steps), data="bumps" if self.data == "file" else self.data)
+
     def __post_init__(self):
         choices = {"data": ("vorticity", "distances", "bumps", "file"), "process": PROCESSES, "noise": LAWS,
                    "norm": NORMS, "family": ("fno", "unet", "ushaped")}
@@ -816,37 +817,7 @@ CONFIGS = {
 }
 
 
-def save_model(
-    path: Path | str,      # where to write, ending in .safetensors
-    model: FunctionModel,  # trained
-):
-    "Write a model with its configuration; nothing of the training state goes along."
-    save_configured(path, model, "ddo")
-
-
-def load_model(
-    path: Path | str,                  # a file that `save_model` wrote
-    device: torch.device | str="cpu",  # where it goes
-) -> FunctionModel:                     # in evaluation mode
-    "Read a model (`CheckpointError` for any other file)."
-    return load_configured(path, "ddo", DdoConfig, build, device)
-
-
-def load_pretrained(
-    name: str="ddo_vorticity",         # a shipped checkpoint
-    device: torch.device | str="cpu",  # where it goes
-) -> FunctionModel:
-    "A model that ships with this package; see NAME.json beside it for how it was made."
-    return load_model(pretrained_path(name), device)
-
-
-def one_step(
-    config: DdoConfig,   # any configuration
-    steps: int=1,        # optimiser steps
-) -> DdoConfig:          # the same network
-    "A configuration that trains for a moment only (`make scale`), on bumps where the data are a user's."
-    return replace(config, data="bumps" if config.data == "file" else config.data,
-                   training=short_training(config.training, steps))
+save_model, load_model, load_pretrained = model_files("ddo", DdoConfig, build, "ddo_vorticity")
 
 # %% ../nbs/papers/08_ddo.ipynb #ca80efd9
 VARIANTS = {  # variant -> what it changes
@@ -954,7 +925,7 @@ def load_authors_checkpoint(
 # %% ../nbs/papers/08_ddo.ipynb #6c89f967
 def demonstrate():  # a Demonstration
     "Vorticity drawn on the grid of training and on a finer one, with a field and with white noise."
-    from diffusion_papers.core.registry import Demonstration
+    from diffusion_papers.workbench.registry import Demonstration
     ways = {"field": ("ddo_vorticity", {}), "white": ("ddo_vorticity_white", {}),
             "white, rescaled": ("ddo_vorticity_white", {"noise": "rescaled"})}
     rows = {name: evaluate(load_pretrained(checkpoint), 24, points=(32, 64), **options)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NINE', 'OTHERS', 'TASKS', 'METHODS', 'ADM256', 'PHOTOGRAPH_FILM', 'PHOTOGRAPH_TRAINING', 'DIGITS', 'CONFIGS',
-           'digit_judge', 'SHIPPED', 'VARIANTS', 'BUDGETS', 'LIBRARY', 'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES',
-           'BridgeSchedule', 'bridge_schedule', 'at_time', 'bridge_state', 'bridge_label', 'clean_estimate',
-           'posterior', 'time_indices', 'follow_bridge', 'Task', 'task_names', 'hole_pool', 'Degraded', 'degrade',
-           'FilmConfig', 'FilmBlock', 'FilmNet', 'I2sbConfig', 'I2sb', 'build', 'at_size', 'bridge_loss', 'noise_loss',
-           'OtherLight', 'load_data', 'test_data', 'train', 'check_mask', 'fill_holes', 'estimator', 'restore_images',
-           'DigitJudge', 'psnr', 'evaluate', 'save_model', 'load_model', 'load_pretrained', 'one_step', 'sample',
-           'room', 'squares', 'stretches', 'blended', 'opacity_for', 'shipped', 'check_picture', 'noise_of_place',
-           'restore_piece', 'restore', 'study_digits', 'library_restored', 'patch_projections', 'sliced_distance',
-           'photograph_measures', 'tuned', 'study_photographs', 'study_noise', 'desk', 'load_authors_checkpoint',
-           'from_adm', 'listed', 'restore_data', 'quality', 'demonstrate', 'benchmark']
+           'digit_judge', 'save_model', 'load_model', 'load_pretrained', 'SHIPPED', 'VARIANTS', 'BUDGETS', 'LIBRARY',
+           'WAYS', 'STUDIES', 'EXPERIMENTS', 'PROBES', 'BridgeSchedule', 'bridge_schedule', 'at_time', 'bridge_state',
+           'bridge_label', 'clean_estimate', 'posterior', 'time_indices', 'follow_bridge', 'Task', 'task_names',
+           'hole_pool', 'Degraded', 'degrade', 'FilmConfig', 'FilmBlock', 'FilmNet', 'I2sbConfig', 'I2sb', 'build',
+           'at_size', 'bridge_loss', 'noise_loss', 'OtherLight', 'load_data', 'test_data', 'train', 'check_mask',
+           'fill_holes', 'estimator', 'restore_images', 'DigitJudge', 'psnr', 'evaluate', 'sample', 'room', 'squares',
+           'stretches', 'blended', 'opacity_for', 'shipped', 'check_picture', 'noise_of_place', 'restore_piece',
+           'restore', 'study_digits', 'library_restored', 'patch_projections', 'sliced_distance', 'photograph_measures',
+           'tuned', 'study_photographs', 'study_noise', 'desk', 'load_authors_checkpoint', 'from_adm', 'listed',
+           'restore_data', 'quality', 'demonstrate', 'benchmark']
 
 # %% ../nbs/papers/03_i2sb.ipynb #066aae2c
 import functools
@@ -34,26 +34,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
-from .core.checkpoints import (CheckpointError, load_configured, load_foreign, load_into, plain_names,
-                                               pretrained_path, save_configured)
-from .core.checks import (came, check_choice, check_device, check_fields, check_images, check_range, check_seed,
+from .workbench.checkpoints import CheckpointError, load_foreign, load_into, model_files, plain_names, pretrained_path
+from .workbench.checks import (came, check_choice, check_device, check_fields, check_images, check_range, check_seed,
                                           check_some, check_tensor, clipped, require)
-from .core.configs import Config
-from .core.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
+from .workbench.configs import Config
+from .topics.corruptions import (blur, centre_mask, freeform_masks, gaussian_blur, jpeg, jpeg_file,
                                                reduced_and_repeated)
 from .core.data import ImageFolder, Mirrored, PhotographCrops, digits, photographs, random_crops
 from .core.denoisers import Denoiser, per_sample
-from .core.diffusion import short_training
-from .core.evidence import file_digest
-from .core.files import check_output
+from .workbench.results import file_digest
+from .workbench.files import check_output
 from .core.generation import Generated, generate, generated_moments
 from .core.metrics import Moments, frechet, to_bytes
 from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, sinusoids, unet_config
 from .core.pictures import MAX_PIXELS, Picture, read_mask, read_picture, write_picture
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
-from .core.shapes_world import ShapesWorld
-from .core.timing import alone, paired, progress
+from .topics.shapes_world import ShapesWorld
+from .workbench.timing import alone, paired, progress
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
 
 # %% ../nbs/papers/03_i2sb.ipynb #ec27d7b7
@@ -399,6 +397,8 @@ class I2sbConfig(Config):
     training: TrainingConfig = TrainingConfig(steps=1000, batch_size=64, lr=2e-3, decay="cosine", ema=0.99)
     FREE = ("evaluated", "max_pixels")
 
+    def brief(self, steps=1): return replace(super().brief(steps), data="digits" if self.data == "digits" else "shapes")
+
     def __post_init__(self):
         choices = {"data": ("digits", "shapes", "photographs", "images"), "method": METHODS,
                    "path": ("task", "stochastic", "deterministic"), "prediction": ("eps", "v"),
@@ -724,37 +724,7 @@ def evaluate(
     return rows
 
 # %% ../nbs/papers/03_i2sb.ipynb #6a8155c9
-def save_model(
-    path: Path | str,      # where to write, ending in .safetensors
-    model: I2sb,           # trained
-):
-    "Write a model with its configuration; nothing of the training state goes along."
-    save_configured(path, model, "i2sb")
-
-
-def load_model(
-    path: Path | str,      # a file that `save_model` wrote
-    device: torch.device | str="cpu",  # where it goes
-) -> I2sb:                 # in evaluation mode
-    "Read a model (`CheckpointError` for any other file)."
-    return load_configured(path, "i2sb", I2sbConfig, build, device)
-
-
-def load_pretrained(
-    name: str="i2sb_digits",           # a shipped checkpoint
-    device: torch.device | str="cpu",  # where it goes
-) -> I2sb:
-    "A model that ships with this package; see NAME.json beside it for how it was made."
-    return load_model(pretrained_path(name), device)
-
-
-def one_step(
-    config: I2sbConfig,  # any configuration
-    steps: int=1,        # optimiser steps
-) -> I2sbConfig:         # the same network
-    "A configuration that trains for a moment only (`make scale`), on drawn scenes where the data are a user's."
-    return replace(config, data="digits" if config.data == "digits" else "shapes",
-                   training=short_training(config.training, steps))
+save_model, load_model, load_pretrained = model_files("i2sb", I2sbConfig, build, "i2sb_digits")
 
 # %% ../nbs/papers/03_i2sb.ipynb #436638f6
 def sample(
@@ -1279,7 +1249,7 @@ def quality(
 # %% ../nbs/papers/03_i2sb.ipynb #293ac645
 def demonstrate():  # a Demonstration
     "A hole in digits: the bridge beside diffusion from noise, from the shipped checkpoints."
-    from diffusion_papers.core.registry import Demonstration
+    from diffusion_papers.workbench.registry import Demonstration
     models = {"bridge": load_pretrained(), "from noise": load_pretrained("i2sb_digits_noise")}
     rows = {name: evaluate(model, calls=(1, 2, 5, 10)) for name, model in models.items()}
     frechet = {name: {row["calls"]: row["frechet"] for row in rows[name]} for name in rows}

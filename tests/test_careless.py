@@ -21,10 +21,10 @@ from PIL import Image
 
 from diffusion_papers import dpdm, genie
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.checks import check_range
-from diffusion_papers.core.evidence import load_results, run_experiments, write_json
-from diffusion_papers.core.files import check_output, read_json, whole_file
-from diffusion_papers.core.privacy import Ledger, Mechanism, check_private, epsilon_spent, gaussian_epsilon
+from diffusion_papers.workbench.checks import check_range
+from diffusion_papers.workbench.results import load_results, run_experiments, write_json
+from diffusion_papers.workbench.files import check_output, read_json, whole_file
+from diffusion_papers.topics.privacy import Ledger, Mechanism, check_private, epsilon_spent, gaussian_epsilon
 from diffusion_papers.core.training import TrainingConfig, claim_folder, free_fields
 
 # ---- modules that remember what they saw
@@ -215,7 +215,7 @@ def test_an_output_spares_what_a_run_keeps_and_what_is_read(words, kept, tmp_pat
 
 
 def test_a_grid_without_points_is_named():
-    from diffusion_papers.core import spectral
+    from diffusion_papers.topics import spectral
     for function in (spectral.cosine_transform, spectral.energy_spectrum, spectral.autocovariance, lambda u: spectral.resample(u, (4, 4))):
         with pytest.raises(ValueError, match="u: expected a grid with at least one point"): function(torch.zeros(2, 0, 8))
 
@@ -252,7 +252,7 @@ def test_damaged_results_are_named_and_kept(content, tmp_path):
 
 
 def test_a_paper_that_ends_the_program_is_unfinished_and_a_demonstration_that_does_has_failed(tmp_path, monkeypatch):
-    from diffusion_papers.core import page, registry
+    from diffusion_papers.workbench import page, registry
     module = types.ModuleType("diffusion_papers.odd")
     monkeypatch.setattr(registry, "papers", lambda *_: {"odd": "An odd paper."})
     def leave(*_): sys.exit("bye")

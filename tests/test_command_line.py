@@ -9,7 +9,7 @@ from extras import need
 
 need("train", "data", "plots")
 
-from diffusion_papers.core.registry import papers
+from diffusion_papers.workbench.registry import papers
 
 SMALL = ["diffusion.training.steps=3", "head.steps=3", "diffusion.training.checkpoint_every=2", "diffusion.mlp.width=16", "diffusion.mlp.blocks=1"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from diffusion_papers import ddo, dfno, dpdm, genie, i2sb
-from diffusion_papers.core.configs import Config
+from diffusion_papers.workbench.configs import Config
 
 
 @dataclass(frozen=True)

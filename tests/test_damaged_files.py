@@ -12,7 +12,7 @@ need("train", "data", "dev")
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffusion_papers import genie
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from diffusion_papers.core.data import ImageFolder, cifar_images, digits, idx_images
 from diffusion_papers.core.diffusion import DiffusionConfig
 from diffusion_papers.core.networks import authors_keys, unet_config

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from diffusion_papers import ddo
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.checkpoints import CheckpointError
-from diffusion_papers.core.fluids import FourthOrder, energy, enstrophy, solve, speed
-from diffusion_papers.core.gaussian_fields import Matern, PeriodicField, nested_sample
-from diffusion_papers.core.operator_networks import (FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
+from diffusion_papers.workbench.checkpoints import CheckpointError
+from diffusion_papers.topics.fluids import FourthOrder, energy, enstrophy, solve, speed
+from diffusion_papers.topics.gaussian_fields import Matern, PeriodicField, nested_sample
+from diffusion_papers.topics.operator_networks import (FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
                                                      operator_keys, unused_tensors)
-from diffusion_papers.core.spectral import energy_spectrum, resample
+from diffusion_papers.topics.spectral import energy_spectrum, resample
 
 MANIFESTS = Path(__file__).parent / "manifests"
 SHORT = ddo.VORTICITY.override(**{"training.steps": 12, "training.checkpoint_every": 4, "network.width": 4, "network.blocks": 1})

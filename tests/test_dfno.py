@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_distributed import trained_by_command
 
 from diffusion_papers import dfno
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from diffusion_papers.core.diffusion import DiffusionConfig, build_denoiser
 from diffusion_papers.core.generation import Generated, noise_for
 from diffusion_papers.core.networks import MLPConfig, unet_config

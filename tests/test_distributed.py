@@ -8,7 +8,7 @@ from extras import need
 
 need("train", "data")
 
-from diffusion_papers.core.checkpoints import load_checkpoint
+from diffusion_papers.workbench.checkpoints import load_checkpoint
 from diffusion_papers.core.generation import Generated
 
 PROGRAM = """

@@ -18,10 +18,10 @@ from test_distributed import launched
 
 from diffusion_papers import dpdm
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint
 from diffusion_papers.core.data import digits
 from diffusion_papers.core.networks import authors_keys
-from diffusion_papers.core.privacy import (Ledger, Mechanism, PrivacyBudgetExceeded, check_private, clipped_sum,
+from diffusion_papers.topics.privacy import (Ledger, Mechanism, PrivacyBudgetExceeded, check_private, clipped_sum,
                                            gradients_by_layer, per_example_gradients, public_generator)
 
 SHORT = dpdm.DIGITS.override(**{"training.steps": 12, "training.checkpoint_every": 3, "draws": 2, "perceptron.width": 16})
@@ -212,7 +212,7 @@ TWO = """
 import sys, torch
 from diffusion_papers import dpdm
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.privacy import Mechanism, public_generator
+from diffusion_papers.topics.privacy import Mechanism, public_generator
 from diffusion_papers.core.training import processes
 ours = processes("cpu")
 model = dpdm.build(dpdm.DIGITS.override(public=True)).double()

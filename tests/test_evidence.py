@@ -3,12 +3,12 @@ import json
 
 import pytest
 
-from diffusion_papers.core.evidence import code_fingerprint, lasting, not_entered, programs_of, stale_studies
+from diffusion_papers.workbench.results import code_fingerprint, lasting, not_entered, programs_of, stale_studies
 
 MODULE = '''"""A module."""
 import warnings
 from dataclasses import dataclass
-from diffusion_papers.core.checks import check_range
+from diffusion_papers.workbench.checks import check_range
 SIZES = {"small": 1}
 @dataclass
 class Settings:
@@ -21,7 +21,7 @@ def helper(count: int) -> int:
     check_range(count, "count", 0)
     return sum(range(count)) + SIZES["small"]
 def study(setting):
-    from diffusion_papers.core.checks import check_choice
+    from diffusion_papers.workbench.checks import check_choice
     return {"value": helper(Settings().steps)}
 '''
 
@@ -38,7 +38,7 @@ def fingerprint(tmp_path, text, name="toy"):
 @pytest.mark.parametrize("change", [
     ('"""Add."""', '"""Add numbers."""'), ('"Of a study."', '"Of another."'), ("# of the loop", "# iterations"),
     ("expected 0 or more", "expected a number above -1"), ("that takes long", "that takes a while"), ("count: int", "count: float"),
-    ("-> int", "-> float"), ("steps: int", "steps: object"), ("from diffusion_papers.core.checks import check_range", "from .core.checks import check_range"),
+    ("-> int", "-> float"), ("steps: int", "steps: object"), ("from diffusion_papers.workbench.checks import check_range", "from .core.checks import check_range"),
     ('"""A module."""', '"""A module.\n\nOf many words."""'), ("def study", "OTHER = 5\n\n\ndef unrelated(): return OTHER\n\n\ndef study")])
 def test_what_decides_nothing_is_not_seen(tmp_path, change):
     assert change[0] in MODULE
@@ -69,7 +69,7 @@ def test_times_do_not_last():
 
 
 def test_changed_functions_that_a_probe_did_not_enter_are_named():
-    after = programs_of("diffusion_papers.core.checks.check_seed")
+    after = programs_of("diffusion_papers.workbench.checks.check_seed")
     before = {key: text + "\nchanged" for key, text in after.items()}
     assert not_entered(before, after, set()) == ["check_range", "check_seed"]
     assert not_entered(after, after, set()) == []

@@ -15,7 +15,7 @@ need("train", "data")
 
 from diffusion_papers import genie
 from diffusion_papers.core.diffusion import train_denoiser
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 
 CONFIG = ("genie.CONFIGS['cpu'].override(**{'diffusion.mlp.width': 32, 'diffusion.mlp.blocks': 1, 'diffusion.training.steps': 4000, 'head.steps': 2, "
           "'diffusion.training.checkpoint_every': 3, 'diffusion.training.batch_size': 16, 'head.batch_size': 16})")

@@ -16,11 +16,11 @@ from extras import need
 need("train", "data")
 
 from diffusion_papers import ddo, dpdm, genie, i2sb
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, load_foreign, load_into, save_checkpoint
 from diffusion_papers.core.diffusion import DiffusionConfig, load_denoiser
-from diffusion_papers.core.files import check_output, former_place, whole_file
+from diffusion_papers.workbench.files import check_output, former_place, whole_file
 from diffusion_papers.core.networks import authors_keys, authors_tensors, unet_config
-from diffusion_papers.core.operator_networks import operator_keys
+from diffusion_papers.topics.operator_networks import operator_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = genie.CONFIGS["cpu"].override(**{
@@ -86,7 +86,7 @@ def test_a_full_disk_at_a_checkpoint_is_told_in_a_line_and_the_former_survives(t
 def test_a_full_disk_leaves_pieces_and_pages_as_they_were(tmp_path):
     program = """
 import resource, sys, torch
-from diffusion_papers.core import page
+from diffusion_papers.workbench import page
 from diffusion_papers.core.generation import generate
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 for write in (lambda: generate(lambda piece: {"x0": torch.zeros(len(piece), 500)}, 4, sys.argv[1] + "/samples", size=2, device="cpu"),

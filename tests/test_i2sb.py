@@ -18,7 +18,7 @@ from test_distributed import trained_by_command
 
 from diffusion_papers import i2sb
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.checkpoints import CheckpointError
+from diffusion_papers.workbench.checkpoints import CheckpointError
 from diffusion_papers.core.data import digits
 from diffusion_papers.core.networks import authors_keys
 from diffusion_papers.core.training import Draws

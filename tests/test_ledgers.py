@@ -22,9 +22,9 @@ from torch import nn
 
 from diffusion_papers import dpdm
 from diffusion_papers.__main__ import main
-from diffusion_papers.core import privacy
+from diffusion_papers.topics import privacy
 from diffusion_papers.core.data import digits
-from diffusion_papers.core.privacy import Ledger, Mechanism
+from diffusion_papers.topics.privacy import Ledger, Mechanism
 
 MANY = settings(max_examples=30, deadline=None, derandomize=True)
 FEW = settings(max_examples=12, deadline=None, derandomize=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from diffusion_papers import dpdm, genie, i2sb
-from diffusion_papers.core.checks import clipped
+from diffusion_papers.workbench.checks import clipped
 from diffusion_papers.core.diffusion import MODELS, distance_to_data
 from diffusion_papers.core.generation import data_moments
 from diffusion_papers.core.metrics import (frechet_features, frechet_pixels, inside, moments_of, precision_recall,
                                            sliced_wasserstein, to_bytes)
-from diffusion_papers.core.plots import to_pixels
-from diffusion_papers.core.shapes_world import Judge, judged
+from diffusion_papers.workbench.plots import to_pixels
+from diffusion_papers.topics.shapes_world import Judge, judged
 
 seeded = lambda: torch.Generator().manual_seed(0)
 GOOD = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1

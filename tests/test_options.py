@@ -19,10 +19,10 @@ import torch
 
 from diffusion_papers import __main__ as program
 from diffusion_papers import dfno, genie, i2sb
-from diffusion_papers.core import page, scale, timing
-from diffusion_papers.core.checks import check_fields, check_seed
-from diffusion_papers.core.configs import Config
-from diffusion_papers.core.registry import COMMANDS, Demonstration, UnfinishedPaper, paper, papers
+from diffusion_papers.workbench import page, scale, timing
+from diffusion_papers.workbench.checks import check_fields, check_seed
+from diffusion_papers.workbench.configs import Config
+from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, paper, papers
 
 PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},

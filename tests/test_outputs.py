@@ -13,7 +13,7 @@ need("train", "plots", "dev")
 import pytest
 import torch
 
-from diffusion_papers.core.printing import bounded, percent, rounded
+from diffusion_papers.workbench.printing import bounded, percent, rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)

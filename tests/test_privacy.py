@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusion_papers.core import privacy
+from diffusion_papers.topics import privacy
 from diffusion_papers.core.networks import MLPConfig, ResidualMLP, UNet, unet_config
 
 MANY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -179,7 +179,7 @@ def test_a_failed_write_pays_nothing_and_leaves_the_file(tmp_path, monkeypatch):
 
 def test_killed_runs_have_never_taken_more_than_they_paid(tmp_path):
     "A process that pays and then takes a step, killed with SIGKILL: its trace never has more lines than the ledger has steps."
-    program = ("import sys\nfrom diffusion_papers.core.privacy import Ledger, Mechanism\n"
+    program = ("import sys\nfrom diffusion_papers.topics.privacy import Ledger, Mechanism\n"
                "trace = open(sys.argv[2], 'a', buffering=1)\n"
                "ledger = Ledger.open(sys.argv[1], Mechanism(steps=100_000))\n"
                "while True: ledger.record(); print('step', file=trace)")

@@ -17,8 +17,8 @@ need("train", "data", "plots", "dev")
 import jsonschema
 import yaml
 
-from diffusion_papers.core.evidence import stale_studies
-from diffusion_papers.core.registry import paper, papers
+from diffusion_papers.workbench.results import stale_studies
+from diffusion_papers.workbench.registry import paper, papers
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)

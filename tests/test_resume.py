@@ -13,9 +13,9 @@ need("train", "data")
 
 from diffusion_papers import ddo, dfno, dpdm, genie, i2sb
 from diffusion_papers.__main__ import main
-from diffusion_papers.core.checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
 from diffusion_papers.core.data import TensorSet
-from diffusion_papers.core.files import locked
+from diffusion_papers.workbench.files import locked
 from diffusion_papers.core.generation import generate
 from diffusion_papers.core.training import TrainingConfig, claim_folder, fit
 

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
-from diffusion_papers.core.fluids import NavierStokes, energy, enstrophy
-from diffusion_papers.core.gaussian_fields import (CosineField, KernelField, Matern, PeriodicField, ReleasedCosineField,
+from diffusion_papers.topics.fluids import NavierStokes, energy, enstrophy
+from diffusion_papers.topics.gaussian_fields import (CosineField, KernelField, Matern, PeriodicField, ReleasedCosineField,
                                                    SquaredExponential, feldman_hajek, half_plane_amplitudes, half_plane_field,
                                                    inner_product, log_shift_density)
-from diffusion_papers.core.neural_operators import SpectralConv1d, SpectralConv2d, spectral_convolution_2d, values_2d, waves_2d
-from diffusion_papers.core.spectral import autocovariance, cosine_transform, energy_spectrum, real_values, resample
+from diffusion_papers.topics.neural_operators import SpectralConv1d, SpectralConv2d, spectral_convolution_2d, values_2d, waves_2d
+from diffusion_papers.topics.spectral import autocovariance, cosine_transform, energy_spectrum, real_values, resample
 
 seeded = lambda: torch.Generator().manual_seed(0)
 PLANE = torch.randn(2, 8, 8, generator=seeded())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from diffusion_papers.core.files import whole_file
+from diffusion_papers.workbench.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

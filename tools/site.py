@@ -14,7 +14,8 @@ import plotly
 from fastcore.docments import docments
 from sphinx.cmd.build import build_main
 
-from diffusion_papers.core.files import whole_file
+from diffusion_papers.workbench.files import whole_file
+from diffusion_papers.workbench.registry import shelves
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, PAGES, OUT = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
@@ -24,10 +25,8 @@ DOCUMENTS = {"../CHANGELOG.md": "CHANGELOG.md", "../CONTRIBUTING.md": "CONTRIBUT
 
 def notebooks():
     "All notebooks in reading order, by caption of the list of pages."
-    names = lambda pattern: sorted(path for path in NOTEBOOKS.glob(pattern) if ".ipynb_checkpoints" not in path.parts)
-    others = [path for path in names("*.ipynb") if path.stem != "index"]
-    return {"": [NOTEBOOKS / "index.ipynb"], "Papers": names("papers/*.ipynb"), "Shared by the papers": names("core/*.ipynb"),
-            "At hand": others}
+    at_hand = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "index")
+    return {"": [NOTEBOOKS / "index.ipynb"], **{shelf.capitalize(): pages for shelf, pages in shelves(NOTEBOOKS).items()}, "Reference": at_hand}
 
 
 def caption(markdown):
@@ -120,8 +119,8 @@ def adapted(path):
 
 def contents(listed, api):
     "The list of all pages, for the first one."
-    trees = [f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```"
-             for title, pages in (*listed.items(), ("Reference", api)) if title]
+    listed["Reference"] += api
+    trees = [f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```" for title, pages in listed.items() if title]
     return nbformat.v4.new_markdown_cell("\n\n".join(trees))
 
 

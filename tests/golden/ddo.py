@@ -5,11 +5,11 @@ import numpy as np
 import torch
 
 from diffusion_papers import ddo
-from diffusion_papers.core import fluids, gaussian_fields
+from diffusion_papers.topics import fluids, gaussian_fields
 from diffusion_papers.core.networks import sinusoids
-from diffusion_papers.core.operator_networks import (BiasedSpectralConv, FnoUNet, FnoUNetConfig, SpectralGroupNorm,
+from diffusion_papers.topics.operator_networks import (BiasedSpectralConv, FnoUNet, FnoUNetConfig, SpectralGroupNorm,
                                                      UShapedConfig, UShapedOperator, operator_keys, without_aliases)
-from diffusion_papers.core.spectral import cosine_transform
+from diffusion_papers.topics.spectral import cosine_transform
 
 TOLERANCES = {  # relative to the largest absolute value of the compared array
     "grf_periodic": 1e-10, "grf_neumann": 1e-10, "grf_rbf_code": 1e-4, "gp_exponential": 1e-4, "schedule": 1e-5,

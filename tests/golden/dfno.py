@@ -7,7 +7,7 @@ import torch
 from diffusion_papers import dfno
 from diffusion_papers.core.denoisers import Denoiser
 from diffusion_papers.core.networks import Attention, ConvBlock, UNet, leaves, sinusoids, unet_config
-from diffusion_papers.core.neural_operators import spectral_convolution
+from diffusion_papers.topics.neural_operators import spectral_convolution
 from diffusion_papers.core.processes import BoundedCosineVP
 
 PROCESS = BoundedCosineVP()

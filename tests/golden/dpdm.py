@@ -11,7 +11,7 @@ from diffusion_papers import dpdm
 from diffusion_papers.core.analytic import gaussian_denoiser
 from diffusion_papers.core.metrics import gaussian_frechet
 from diffusion_papers.core.networks import UNet, authors_keys, unet_config
-from diffusion_papers.core.privacy import clipped_sum, per_example_gradients
+from diffusion_papers.topics.privacy import clipped_sum, per_example_gradients
 from diffusion_papers.core.samplers import euler, karras_grid
 from diffusion_papers.core.training import update_average
 

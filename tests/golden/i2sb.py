@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from diffusion_papers.core.corruptions import (
+from diffusion_papers.topics.corruptions import (
     CHROMA, LUMA, blur, centre_mask, jpeg, quantisation_table, reduced_and_repeated)
 from diffusion_papers.core.networks import UNet, authors_keys, sinusoids, unet_config
 from diffusion_papers.i2sb import (
