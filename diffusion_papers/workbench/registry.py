@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHELVES', 'PACKAGE', 'CONTRACT', 'FILES', 'OPTIONAL', 'COMMANDS', 'shelves', 'papers', 'hooks', 'About', 'Hook',
-           'UnfinishedPaper', 'lacking', 'paper', 'evidence', 'Demonstration']
+           'UnfinishedPaper', 'in_the_making', 'lacking', 'paper', 'evidence', 'Demonstration']
 
 # %% ../../nbs/workbench/07_registry.ipynb #3358b291
 import ast
@@ -152,6 +152,13 @@ def _fails(module, entry):
     try: inspect.signature(getattr(module, name)).bind(*call.args, **{option.arg: None for option in call.keywords})
     except (TypeError, ValueError) as error: return f"{entry} ({error})"
     return ""
+
+
+def in_the_making(
+    module: ModuleType,  # of a paper
+) -> bool:
+    "Whether a paper says that it is not whole yet."
+    return getattr(getattr(module, "ABOUT", None), "in_the_making", False)
 
 
 def lacking(
