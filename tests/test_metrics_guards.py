@@ -76,7 +76,7 @@ def test_solvers_that_lead_anywhere_are_still_measured():
     model = genie.load_pretrained()
     images = genie.sample(model, 50, solver="heun", calls=4)
     assert images.abs().max() > 8 and distance_to_data(MODELS["digits"])(images) > 0
-    assert genie.evaluate(model, 8, solvers=("heun",), budgets=(4,))[0]["error"] > 1
+    assert genie.evaluate(model, 8, solvers=("heun",), calls=(4,))[0]["error"] > 1
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..workbench.checkpoints import CheckpointError, load_foreign, load_into, plain_names
+from ..workbench.checkpoints import CheckpointError, load_foreign, load_into, plain_names, some_of
 from ..workbench.checks import check_choice, check_fields, check_some
 from ..workbench.configs import Config
 
@@ -687,6 +687,26 @@ def _average(content, trained, plain, source):
     return dict(zip(trained, content))
 
 
+def _read_weights(checkpoint, trained, plain, source):
+    "Names and tensors of a file, and the average of those that were trained: nothing where it has none (`CheckpointError`)."
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
+    average = {}
+    if "ema" in checkpoint: average = _average(checkpoint["ema"], trained, plain, source)
+    elif "shadow_params" in checkpoint: average = _average(checkpoint, trained, plain, source)
+    return plain(state) if "model" in checkpoint or not average else average, average
+
+# %% ../../nbs/core/05_networks.ipynb #478a1bfb
+def _check_complete(state, theirs, checkpoint, plain, source):
+    "Require all of the authors' names (`CheckpointError` says what is missing, and where it is instead)."
+    missing = [name for name in theirs if name not in state]
+    if not missing: return
+    inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
+    hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
+    raise CheckpointError(f"{source}: lacks {some_of(missing)}{hint}")
+
+
 def authors_tensors(
     checkpoint: dict,               # content of the authors' file: {"model": ..., "ema": ...}, or a plain state dict
     keys: list[tuple[str, str]],    # (our name, their name), in their order
@@ -695,23 +715,13 @@ def authors_tensors(
     prefix: str="",                 # in front of their names, beside those of data parallelism and of torch.compile
 ) -> dict[str, torch.Tensor]:       # our name -> value
     "The weights of a released checkpoint under our names; the average where there is one (`CheckpointError`)."
-    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     plain = lambda state: plain_names(state, *filter(None, ("module.", prefix)), source=source)
-    state, theirs = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None, [name for _, name in keys]
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
-    trained, average = [name for name in theirs if name not in frozen], {}
-    if "ema" in checkpoint: average = _average(checkpoint["ema"], trained, plain, source)
-    elif "shadow_params" in checkpoint: average = _average(checkpoint, trained, plain, source)
-    state = plain(state) if "model" in checkpoint or not average else average
-    missing = [name for name in theirs if name not in state]
-    if missing:
-        inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
-        hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
-        raise CheckpointError(f"{source}: lacks {some(missing)}{hint}")
+    theirs = [name for _, name in keys]
+    state, average = _read_weights(checkpoint, [name for name in theirs if name not in frozen], plain, source)
+    _check_complete(state, theirs, checkpoint, plain, source)
     state = state | average
     odd = [name for name in theirs if not isinstance(state[name], torch.Tensor)]
-    if odd: raise CheckpointError(f"{source}: no tensors: {some(odd)}")
+    if odd: raise CheckpointError(f"{source}: no tensors: {some_of(odd)}")
     return {ours: state[name] for ours, name in keys}
 
 
