@@ -22,7 +22,7 @@ from diffusion_papers import dfno, genie, i2sb
 from diffusion_papers.workbench import page, scale, timing
 from diffusion_papers.workbench.checks import check_fields, check_seed
 from diffusion_papers.workbench.configs import Config
-from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, paper, papers
+from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, evidence, paper, papers
 
 PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},
