@@ -517,11 +517,11 @@ def blurred_sample(
     process: BlurredVP=BlurredVP(),  # says how much noise and blur there are at a time
 ) -> torch.Tensor:          # x at times[-1], without its last noise
     "Ancestral sampling by the blurring process."
-    x, times, predict = _guarded(lambda x, t: predict(x, t.to(x)), x, times, noise, "blurred_sample")
+    x, times, ask = _guarded(lambda x, t: predict(x, t.to(x)), x, times, noise, "blurred_sample")
     if times[0] > 1: raise ValueError(f"times: expected at most 1, got {times[0]:.4g}")
     dim = x.ndim - 1
     for step, (t, s) in enumerate(pairwise(times)):
-        eta = predict(x, t).double()
+        eta = ask(x, t).double()
         if callback: callback(step, x, ((x - process.sigma(t) * eta) / process.alpha(t)).to(x))
         t, s = (time.to(x.device).repeat(len(x)) for time in (t, s))
         mean, variance = blurred_step(process, x.double(), eta, t, s)
