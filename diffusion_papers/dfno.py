@@ -45,6 +45,7 @@ from .core.processes import NoiseProcess, VariancePreserving
 from .core.samplers import SAMPLERS, time_grid
 from .workbench.timing import paired, progress
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
+from .topics.shapes_world import SCENES
 
 # %% ../nbs/papers/02_dfno.ipynb #bfbfeb8d
 def temporal_spectrum(
@@ -334,7 +335,7 @@ def _published(unet, training, **more):
 DIGITS = DfnoConfig()
 CONFIGS = {
     "cpu": DIGITS,
-    "shapes": DfnoConfig(MODELS["shapes"], teacher="genie_shapes", unlabelled=0.0, trajectories=10_000, evaluated=1000,
+    "shapes": DfnoConfig(SCENES, teacher="genie_shapes", unlabelled=0.0, trajectories=10_000, evaluated=1000,
                          training=TrainingConfig(steps=2000, batch_size=32, lr=5e-4, decay="cosine", ema=0.99, precision="bf16",
                                                  checkpoint_every=100)),
     "cifar10": _published(

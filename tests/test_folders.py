@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from diffusion_papers import dpdm, genie, i2sb
 from diffusion_papers.core.data import ImageFolder, Mirrored, RowsOfImages, TensorSet, cifar_folder, cifar_images, check_data_labels, find_pictures
 from diffusion_papers.core.diffusion import MODELS, DiffusionConfig, load_data, train_denoiser
+from diffusion_papers.topics.shapes_world import SCENES
 
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "._cat.jpg", ".cat.png", ".ipynb_checkpoints/cat.png", ".ipynb_checkpoints/deep/cat.png",
           "__MACOSX/cat.png", "@eaDir/cat.jpg", ".git/cat.png")
@@ -209,7 +210,7 @@ def test_every_paper_that_trains_with_classes_refuses_such_labels(monkeypatch, t
 
 def test_a_folder_with_more_classes_than_the_network_is_refused_before_training(tmp_path):
     for number in range(3): picture(tmp_path / str(number) / "0.png")
-    config = replace(MODELS["shapes"], data="images", data_path=str(tmp_path)).override(**{"unet.classes": 2})
+    config = replace(SCENES, data="images", data_path=str(tmp_path)).override(**{"unet.classes": 2})
     with pytest.raises(ValueError, match="class_label: expected 0 to 1, got 2 at place 2"): load_data(config)
     assert len(load_data(config.override(**{"unet.classes": 3}))) == 3
 

@@ -15,8 +15,9 @@ from diffusion_papers.core.diffusion import MODELS, DiffusionConfig, train_denoi
 from diffusion_papers.core.networks import FAMILIES, UNet, unet_config
 from diffusion_papers.core.processes import LinearVP
 from diffusion_papers.core.samplers import exact_slope, noise_estimate, slope_derivative
+from diffusion_papers.topics.shapes_world import SCENES
 
-SMALL = MODELS["shapes"].override(**{"unet.multipliers": (1, 1), "unet.attention": (), "training.steps": 4, "training.batch_size": 8,
+SMALL = SCENES.override(**{"unet.multipliers": (1, 1), "unet.attention": (), "training.steps": 4, "training.batch_size": 8,
                                      "training.precision": "no"})
 
 

@@ -24,9 +24,15 @@ DOCUMENTS = {"../CHANGELOG.md": "CHANGELOG.md", "../CONTRIBUTING.md": "CONTRIBUT
 
 
 def notebooks():
-    "All notebooks in reading order, by caption of the list of pages."
+    "All notebooks in reading order, by caption of the list of pages; the evidence stands below its paper."
     at_hand = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "index")
-    return {"": [NOTEBOOKS / "index.ipynb"], **{shelf.capitalize(): pages for shelf, pages in shelves(NOTEBOOKS).items()}, "Reference": at_hand}
+    listed = {shelf.capitalize(): pages for shelf, pages in shelves(NOTEBOOKS).items() if shelf != "evidence"}
+    return {"": [NOTEBOOKS / "index.ipynb"], **listed, "Reference": at_hand}
+
+
+def all_notebooks():
+    "All of them in one list."
+    return [path for group in notebooks().values() for path in group] + shelves(NOTEBOOKS).get("evidence", [])
 
 
 def caption(markdown):
@@ -54,7 +60,7 @@ def module_of(path):
 def reference():
     "Public name -> the modules that have it, and every module itself."
     found = {}
-    for name in filter(None, map(module_of, sum(notebooks().values(), []))):
+    for name in filter(None, map(module_of, all_notebooks())):
         found[name] = [name]
         for public in importlib.import_module(f"diffusion_papers.{name}").__all__: found.setdefault(public, []).append(name)
     return found
@@ -113,6 +119,9 @@ def adapted(path):
     cells[0].source = title
     place = len(cells) if "\n## " in title else 1  # a first cell with sections of its own is not interrupted
     cells[place:place] = [nbformat.v4.new_markdown_cell(links), *([moving] if moving else [])]
+    if page.parts[0] == "papers" and (NOTEBOOKS / "evidence" / page.name).is_file():
+        below = f"How the numbers were made <../evidence/{page.stem}>"
+        cells.append(nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{below}\n```"))
     notebook.cells = cells
     return notebook
 
@@ -169,7 +178,7 @@ def write_api():
     "All pages of the reference; their names."
     (PAGES / "api").mkdir()
     written = []
-    for path in [path for group in notebooks().values() for path in group]:
+    for path in all_notebooks():
         name = module_of(path)
         if name is None: continue
         module = importlib.import_module(f"diffusion_papers.{name}")
@@ -189,7 +198,7 @@ def write_pages():
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", static)
     for document in DOCUMENTS.values(): shutil.copy(ROOT / document, PAGES)
     groups = notebooks()
-    for path in [path for group in groups.values() for path in group]:
+    for path in all_notebooks():
         page = path.relative_to(NOTEBOOKS)
         for place in (PAGES, static / "notebooks"): (place / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, static / "notebooks" / page)

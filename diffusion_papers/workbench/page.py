@@ -16,7 +16,7 @@ from .checks import require
 from .results import machine
 from .files import check_output, whole_file
 from .plots import data_uri, figure_png, plot_curves, png, tile
-from .registry import Demonstration, lacking, paper, papers
+from .registry import Demonstration, evidence, lacking, papers
 
 # %% ../../nbs/workbench/10_page.ipynb #44881670
 def _cell(value):
@@ -100,9 +100,8 @@ def try_demonstration(
     "Run a paper's demonstration; any error becomes a section of its own."
     began = time.perf_counter()
     try:
-        module = paper(name)
-        if missing := lacking(module, "demo"): return "", "skipped", f"paper {name} offers no {', no '.join(missing)} yet"
-        shown = module.demonstrate()
+        if missing := lacking(name, "demo"): return "", "skipped", f"paper {name} offers no {', no '.join(missing)} yet"
+        shown = evidence(name).demonstrate()
         return (html_section(shown, time.perf_counter() - began), "holds" if shown.holds else "does not hold", shown.verdict)
     except (Exception, SystemExit) as error: return html_failure(name, error), "failed", f"{type(error).__name__}: {error}"
 

@@ -120,6 +120,24 @@ def _bare(nodes):
     return [_Bare().visit(copy.deepcopy(node)) for node in nodes]
 
 
+def _read_with(file, package, found=None):
+    "A file and all files of the package that are imported with it."
+    found = set() if found is None else found
+    if file in found or not file.is_file(): return found
+    found.add(file)
+    for origin, _ in _definitions(file, package)[1].values(): _read_with(origin, package, found)
+    return found
+
+
+def _entries(file, package):
+    "Statements that put something into another module's table: (file, name) of the table -> [(file, name) of the statements]."
+    found = {}
+    for other in sorted(_read_with(file, package)):
+        defined, imported = _definitions(other, package)
+        for name in defined.keys() & imported.keys(): found.setdefault(imported[name], []).append((other, name))
+    return found
+
+
 def programs_of(
     function: str,         # dotted name of a function, for instance "diffusion_papers.genie.study_claim"
     package: Path=PACKAGE, # folder of the package: today's, or that of another version
@@ -129,16 +147,17 @@ def programs_of(
     top, *inner = module.split(".")
     file = (package.joinpath(*inner).with_suffix(".py") if top == package.name else
             Path(importlib.util.find_spec(module).origin))  # a study of somebody's own
-    found, todo = {}, [(file, name)]
+    found, todo, entries = {}, [(file, name)], _entries(file, package)
     while todo:
         file, name = todo.pop()
         if (file, name) in found: continue
         defined, imported = _definitions(file, package)
         if name in imported: todo.append(imported[name])
-        elif name in defined:
+        if name in defined:
             nodes = _bare(defined[name])
             found[file, name] = "\n".join(ast.unparse(node) for node in nodes)
             todo += [(file, part.id) for node in nodes for part in ast.walk(node) if isinstance(part, ast.Name)]
+            todo += entries.get((file, name), ())
     if not found: raise ValueError(f"function: there is no {function}")
     return found
 
