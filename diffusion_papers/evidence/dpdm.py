@@ -271,11 +271,11 @@ PROBES = {"claim": [{"seed": 0, "variant": variant, "smaller": _SMALLER} for var
           "width": [{"width": 24, "seed": 0, "smaller": _SMALLER}],
           "membership": [{"people": 200, "epsilon": epsilon, "steps": 3, "seed": 0} for epsilon in (0, 10)]}
 
-# %% ../../nbs/evidence/06_dpdm.ipynb #cea301c2
+# %% ../../nbs/evidence/06_dpdm.ipynb #12c41933
 def headline() -> str:
     "What was measured, in a sentence, from the stored results."
-    claim = select(load_results("dpdm"), study="claim")
-    many, one = (values(claim, "frechet", variant=variant, way="ddim") for variant in ("digits", "digits, K = 1"))
+    many, one = (values(select(load_results("dpdm"), study="claim", variant=variant), "frechet", way="ddim")
+                 for variant in ("digits", "digits, K = 1"))
     ratio = sum(mine / other for mine, other in zip(many, one)) / len(many)
     return (f"digits at epsilon 10: Fréchet distance with 8 draws {ratio:.2f} of that with one; "
             "scenes of 32 pixels did not come out")
