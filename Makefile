@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test test-kernels lab results bench scale audit docs look readme notebooks clean
+.PHONY: help setup demo test test-kernels lab results bench scale audit docs look readme paper notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ look: setup ## the site and JupyterLab in a real browser (Debian's chromium): fa
 
 readme: setup ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
+
+paper: setup ## the skeleton of a new paper, SLUG=name [NUMBER=11]: two notebooks that run
+	$(BIN)/python tools/paper.py $(SLUG) $(NUMBER)
 
 notebooks: setup ## after editing: export, execute in place (NB=nbs/... for some), clean
 	$(BIN)/nbdev_export

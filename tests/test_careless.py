@@ -256,11 +256,13 @@ def test_a_paper_that_ends_the_program_is_unfinished_and_a_demonstration_that_do
     module = types.ModuleType("diffusion_papers.odd")
     monkeypatch.setattr(registry, "papers", lambda *_: {"odd": "An odd paper."})
     def leave(*_): sys.exit("bye")
+    made = types.ModuleType("diffusion_papers.evidence.odd")
+    monkeypatch.setitem(sys.modules, "diffusion_papers.odd", module)
+    monkeypatch.setitem(sys.modules, "diffusion_papers.evidence.odd", made)
     with monkeypatch.context() as patch:
         patch.setattr(registry.importlib, "import_module", leave)
         with pytest.raises(registry.UnfinishedPaper, match="odd cannot be imported .SystemExit: bye"): registry.paper("odd")
-    monkeypatch.setitem(sys.modules, "diffusion_papers.odd", module)
-    module.CONFIGS, module.demonstrate = None, leave
+    module.CONFIGS, made.demonstrate = None, leave
     with pytest.raises(registry.UnfinishedPaper, match="CONFIGS is no dictionary"): registry.paper("odd")
     module.CONFIGS = {}
     assert not page.write_demonstrations(tmp_path / "page.html", lambda line: None, ["odd"])

@@ -244,7 +244,7 @@ def test_unfinished_papers_break_nobody_else(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert "Traceback" not in done.stderr, done.stderr
     codes = dict(line[1:].split("] ") for line in done.stdout.splitlines() if line.startswith("["))
-    assert codes["list"] == "0" and done.stdout.count("unfinished: offers no") == 1 and "broken cannot be imported (ModuleNotFound" in done.stdout
+    assert codes["list"] == "0" and done.stdout.count("unfinished: lacks ABOUT, build, train") == 1 and "broken cannot be imported (ModuleNotFound" in done.stdout
     assert "offers no load_model, no load_pretrained yet" in done.stderr and "paper half offers no demonstrate yet" in done.stderr
     assert [codes[each] for each in words[1:]] == ["1", "1", "0", "1", "1", "1", "1", "1", "1", "0"]
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 8
