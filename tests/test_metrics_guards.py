@@ -6,7 +6,7 @@ need("train", "data")
 import pytest
 import torch
 
-from diffusion_papers import dpdm, genie
+from diffusion_papers import genie
 from diffusion_papers.workbench.checks import clipped
 from diffusion_papers.core.diffusion import MODELS, distance_to_data
 from diffusion_papers.core.generation import data_moments
@@ -14,6 +14,7 @@ from diffusion_papers.core.metrics import (digit_judge, frechet_features, freche
                                            sliced_wasserstein, to_bytes)
 from diffusion_papers.workbench.plots import to_pixels
 from diffusion_papers.topics.shapes_world import Judge, judged
+from diffusion_papers.topics.utility import utility
 
 seeded = lambda: torch.Generator().manual_seed(0)
 GOOD = torch.rand(6, 3, 32, 32, generator=seeded()) * 2 - 1
@@ -35,8 +36,8 @@ STRICT = {  # not of samples: no overshoot either
     "psnr, truth": ("truth", lambda images: psnr(GOOD, images)),
     "judge": ("images", lambda images: Judge().features(images)),
     "data_moments": ("data", lambda images: data_moments([{"x0": image} for image in images], small, size=3)),
-    "utility": ("images", lambda images: dpdm.utility(images, torch.arange(6), {"x0": GOOD, "class_label": torch.arange(6)})),
-    "utility, real": ("real", lambda images: dpdm.utility(GOOD, torch.arange(6), {"x0": images, "class_label": torch.arange(6)})),
+    "utility": ("images", lambda images: utility(images, torch.arange(6), {"x0": GOOD, "class_label": torch.arange(6)})),
+    "utility, real": ("real", lambda images: utility(GOOD, torch.arange(6), {"x0": images, "class_label": torch.arange(6)})),
 }
 
 

@@ -162,7 +162,7 @@ def test_a_model_samples_where_it_lies(device):
 
 
 DETERMINISTIC = ("euler", "heun", "midpoint", "adams_bashforth", "s_pndm", "f_pndm", "dpm_solver_pp", "taylor")
-STOCHASTIC = ("ancestral", "churn", "annealed_langevin")
+STOCHASTIC = ("ancestral", "euler_maruyama", "churn", "annealed_langevin")
 
 
 def solve(name, denoise, x, sigmas, **options):
