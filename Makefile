@@ -41,7 +41,7 @@ scale: setup ## build, train one step, save and resume every configuration of PA
 	$(RUN) scale $(PAPER)
 
 audit: setup ## attack DPDM's private step, right and sabotaged: lower bounds of epsilon, where 1 is claimed
-	$(BIN)/python -c "from diffusion_papers.dpdm import report_audit; raise SystemExit(not report_audit())"
+	$(BIN)/python -c "from diffusion_papers.evidence.dpdm import report_audit; raise SystemExit(not report_audit())"
 
 docs: setup readme ## the site, in _docs
 	$(BIN)/python tools/site.py

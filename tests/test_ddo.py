@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 from diffusion_papers import ddo
 from diffusion_papers.__main__ import main
 from diffusion_papers.workbench.checkpoints import CheckpointError
+from diffusion_papers.evidence import ddo as evidence
 from diffusion_papers.topics.fluids import FourthOrder, energy, enstrophy, solve, speed
-from diffusion_papers.topics.gaussian_fields import Matern, PeriodicField, nested_sample
+from diffusion_papers.topics.function_data import digit_distances, read_functions, vorticity_fields
+from diffusion_papers.topics.gaussian_fields import Matern, PeriodicField, gaussian_operator, nested_sample
+from diffusion_papers.topics.neural_operators import spectral_convolution_2d
 from diffusion_papers.topics.operator_networks import (FnoUNetConfig, Gano, GanoConfig, UShapedConfig,
                                                      operator_keys, unused_tensors)
 from diffusion_papers.topics.spectral import energy_spectrum, resample
@@ -105,6 +108,50 @@ def test_samples_are_the_seeds_and_nested_ones_agree_on_grids():
     assert torch.allclose(resample(noise[1], (31, 31)), resample(noise[0], (31, 31)), atol=1e-5)
 
 
+SMOOTH, ROUGH = PeriodicField(Matern(3.0, 3.0).unit()), PeriodicField(Matern(1.5, 3.0).unit())
+
+
+def fields(generator): return lambda x: ROUGH.sample(len(x), tuple(x.shape[1:]), generator, x.dtype)
+
+
+@pytest.mark.parametrize("solver", ["crank_nicolson_langevin", "released_langevin", "blurred_sample"])
+def test_the_samplers_of_the_released_programs_are_guarded_like_all_others(solver):
+    walk, x = getattr(ddo, solver), torch.zeros(2, 8, 8)
+    nothing, noise = (lambda x, sigma: torch.zeros_like(x)), fields(torch.Generator().manual_seed(0))
+    levels, seen = torch.tensor([1.0, 0.5, 0.1]), []
+    end = walk(nothing, x, levels, noise=noise, callback=lambda step, x, x0: seen.append((step, x.shape, x0.shape, x0.dtype)))
+    assert end.dtype == x.dtype and torch.isfinite(end).all()
+    steps = 2 if solver == "blurred_sample" else 3
+    assert seen == [(step, x.shape, x.shape, x.dtype) for step in range(steps)]
+    with pytest.raises(ValueError, match="strictly fall"): walk(nothing, x, torch.tensor([1.0, 1.0]), noise=noise)
+    with pytest.raises(ValueError, match="cannot encode"): walk(nothing, x, levels.flip(0), noise=noise)
+    with pytest.raises(TypeError, match=f"noise: {solver} draws noise"): walk(nothing, x, levels)
+    with pytest.raises(ValueError, match="x: "): walk(nothing, x * math.nan, levels, noise=noise)
+    with pytest.raises(FloatingPointError, match=f"{solver}: call 1"): walk(lambda x, sigma: x * math.nan, x, levels, noise=noise)
+
+
+def test_the_samplers_of_the_released_programs_have_the_bits_that_they_had():
+    "Against the loops as they are written in the paper, without guards."
+    denoise, sigmas = gaussian_operator(SMOOTH, ROUGH), torch.tensor([2.0, 0.7, 0.2], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        start = ROUGH.sample(3, (16, 16), torch.Generator().manual_seed(0), dtype)
+        noise, x = fields(torch.Generator().manual_seed(1)), start
+        for sigma in sigmas.tolist():
+            for _ in range(3):
+                x0 = denoise(x, torch.full((3,), sigma, dtype=dtype))
+                x = ((1 - 0.5 / 4) * x + 0.5 / 2 * x0 + math.sqrt(0.5) * sigma * noise(x)) / (1 + 0.5 / 4)
+        assert torch.equal(x, ddo.crank_nicolson_langevin(denoise, start, sigmas, noise=fields(torch.Generator().manual_seed(1))))
+        score = lambda x, sigma: (denoise(x, sigma.sqrt()) - x) / sigma.to(x)[:, None, None]
+        noise, x = fields(torch.Generator().manual_seed(1)), start
+        for level, sigma in enumerate(sigmas.tolist()):
+            alpha = 1e-3 * (sigma / 0.2)**2
+            for inner in range(3):
+                drift = score(x, torch.full((3,), sigma, dtype=dtype))
+                x = x + alpha / 2 * drift + (0.0 if (level, inner) == (2, 2) else math.sqrt(alpha) * noise(x))
+        found = ddo.released_langevin(score, start, sigmas, noise=fields(torch.Generator().manual_seed(1)), epsilon=1e-3)
+        assert torch.allclose(x, found, rtol=1e-5 if dtype == torch.float32 else 0, atol=1e-6 if dtype == torch.float32 else 0)
+
+
 @pytest.mark.parametrize("points", [16, 32, 64, 128])
 def test_nested_draws_have_the_right_law(points):
     measure = PeriodicField(Matern(2.0, 3.0).unit())
@@ -133,7 +180,7 @@ def test_without_force_energy_and_enstrophy_never_grow(seed, nu, alpha):
 
 
 def test_an_unstable_step_says_when():
-    with pytest.raises(FloatingPointError, match=r"step \d+ at time"): ddo.vorticity_fields(2, 64, dt=0.2)
+    with pytest.raises(FloatingPointError, match=r"step \d+ at time"): vorticity_fields(2, 64, dt=0.2)
 
 
 @pytest.mark.parametrize("kind", ["real", "phase"])
@@ -143,18 +190,18 @@ def test_functions_are_read_from_arrays(tmp_path, kind):
     if kind == "phase": values = (values + 1j * values[::-1]).astype(np.complex64)
     np.save(tmp_path / "a.npy", values); np.savez(tmp_path / "a.npz", u=values)
     with h5py.File(tmp_path / "a.h5", "w") as file: file["u"] = values
-    read = [ddo.read_functions(tmp_path / f"a.{suffix}", kind=kind) for suffix in ("npy", "npz", "h5")]
+    read = [read_functions(tmp_path / f"a.{suffix}", kind=kind) for suffix in ("npy", "npz", "h5")]
     assert all(torch.equal(each, read[0]) for each in read) and read[0].shape == (3, 1 + (kind == "phase"), 8, 6)
     with open(tmp_path / "objects.npy", "wb") as file:  # the header of an array of objects
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": (1,)})
-    with pytest.raises(ValueError, match="damaged, or no file of arrays"): ddo.read_functions(tmp_path / "objects.npy")
+    with pytest.raises(ValueError, match="damaged, or no file of arrays"): read_functions(tmp_path / "objects.npy")
 
 
 def test_only_vorticity_is_compared_unasked():
     config = replace(ddo.CONFIGS["mnist_sdf"], points=32, unet=SMALL_UNET)
     model = ddo.build(config)
     assert ddo.evaluate(model, 2, points=(32,)) == []
-    assert len(ddo.evaluate(model, 2, points=(32,), calls=3, data=ddo.digit_distances("test", 32)[:4])) == 1
+    assert len(ddo.evaluate(model, 2, points=(32,), calls=3, data=digit_distances("test", 32)[:4])) == 1
 
 
 def test_a_released_volcano_file_is_read_with_its_average(tmp_path):
@@ -179,11 +226,11 @@ def test_a_released_file_with_its_settings_is_read_and_one_that_runs_code_is_not
 
 
 def test_the_bench_compares_the_same(): # the convolution only where the library is installed
-    mine, plain = (side() for side in ddo._bench_flow("cpu", 4))
+    mine, plain = (side() for side in evidence._bench_flow("cpu", 4))
     assert torch.allclose(mine, plain, atol=1e-4 * plain.abs().max())
     pytest.importorskip("neuralop")
-    u, weight, library = ddo._bench_convolution("cpu", 2, 4, 32)
-    with torch.no_grad(): assert torch.allclose(ddo.spectral_convolution_2d(u, weight), library(u), atol=1e-5)
+    u, weight, library = evidence._bench_convolution("cpu", 2, 4, 32)
+    with torch.no_grad(): assert torch.allclose(spectral_convolution_2d(u, weight), library(u), atol=1e-5)
 
 
 def test_the_command_line_trains_and_samples(tmp_path, capsys):

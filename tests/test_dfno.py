@@ -22,6 +22,7 @@ from diffusion_papers.core.diffusion import DiffusionConfig, build_denoiser
 from diffusion_papers.core.generation import Generated, noise_for
 from diffusion_papers.core.networks import MLPConfig, unet_config
 from diffusion_papers.core.samplers import SAMPLERS, time_grid
+from diffusion_papers.topics.flax_weights import flax_tensors, teacher_places, write_msgpack
 
 SMALL = dfno.DfnoConfig(DiffusionConfig(mlp=MLPConfig(width=16, blocks=1, classes=10)), teacher="", trajectories=40, unlabelled=0.5,
                         solver_steps=8, kept=(0, 2, 4, 6, 8)).override(**{"training.steps": 12, "training.batch_size": 8,
@@ -45,7 +46,7 @@ def test_published_students_have_the_authors_tensors(preset, count):
     number = {ours.removeprefix("denoiser.network."): theirs.split(".")[1] for ours, theirs in pairs}
     expected = {name: place for place, name in read(f"dfno-{preset}-module-index-to-teacher-name").items() if "time_conv" not in name}
     found = {theirs: next(place for name, place in number.items() if name.startswith(f"{ours}."))
-             for ours, theirs in dfno.teacher_places(student.denoiser.network)}
+             for ours, theirs in teacher_places(student.denoiser.network)}
     assert found == expected
 
 
@@ -99,44 +100,13 @@ def test_a_teacher_of_another_form_is_refused():
     with pytest.raises(ValueError, match="teacher: genie_digits has network"): dfno.load_teacher(SMALL.override(teacher="genie_digits"))
 
 
-def released(network):
-    "A plain teacher's tree as flax writes it (no attention at the levels; the middle has it)."
-    tree = {}
-    for ours, theirs in dfno.teacher_places(network):
-        module = network.get_submodule(ours)
-        if isinstance(module, dfno.Attention):
-            channels = len(module.output.bias)
-            tree |= {f"{theirs}.{name}.kernel": torch.zeros(channels, 1, channels) for name in "qkv"}
-            tree |= {f"{theirs}.{name}.bias": torch.zeros(1, channels) for name in "qkv"}
-            tree |= {f"{theirs}.proj_out.kernel": torch.zeros(1, channels, channels), f"{theirs}.proj_out.bias": torch.zeros(channels),
-                     f"{theirs}.norm.scale": torch.ones(channels), f"{theirs}.norm.bias": torch.zeros(channels)}
-            continue
-        parts = ({"": module} if not isinstance(module, dfno.ConvBlock) else
-                 {f".{name}": getattr(module, part) for part, name in dfno.TEACHER_PARTS.items() if getattr(module, part) is not None})
-        for suffix, part in parts.items():
-            weight = part.weight.permute(2, 3, 1, 0) if part.weight.ndim == 4 else part.weight.T if isinstance(part, torch.nn.Linear) else part.weight
-            tree[f"{theirs}{suffix}.{'scale' if part.weight.ndim == 1 else 'kernel'}"], tree[f"{theirs}{suffix}.bias"] = weight, part.bias
-    return tree
-
-
-def written(path, tree):
-    nested = {}
-    for name, value in tree.items():
-        *way, leaf = name.split(".")
-        place = nested
-        for part in way: place = place.setdefault(part, {})
-        value = value.detach().contiguous().numpy() if isinstance(value, torch.Tensor) else value
-        place[leaf] = msgpack.ExtType(1, msgpack.packb((value.shape, value.dtype.name, value.tobytes()))) if hasattr(value, "dtype") else value
-    path.write_bytes(msgpack.packb({"ema_params": nested}))
-
-
 @MANY
 @given(data=st.data())
 def test_spoiled_files_of_released_teachers_are_refused(tmp_path, data):
-    path, tree = tmp_path / "teacher.msgpack", released(build_denoiser(FLAX.diffusion).network)
-    written(path, tree)
+    path, tree = tmp_path / "teacher.msgpack", flax_tensors(build_denoiser(FLAX.diffusion).network)
+    write_msgpack(path, {"ema_params": tree})
     if not (tmp_path / "right").exists():
-        dfno.load_authors_teacher(path, FLAX)
+        dfno.load_authors_checkpoint(path, FLAX)
         (tmp_path / "right").touch()
     name = data.draw(st.sampled_from(sorted(tree)), label="name")
     how = data.draw(st.sampled_from(["cut", "missing", "shape", "not finite", "number", "no average", "pickle"]), label="how")
@@ -144,9 +114,9 @@ def test_spoiled_files_of_released_teachers_are_refused(tmp_path, data):
     elif how == "shape": tree[name] = torch.zeros(3, 3, 3, 3, 3)
     elif how == "not finite": tree[name] = torch.full_like(tree[name], float("nan"))
     elif how == "number": tree[name] = 7
-    written(path, tree)
+    write_msgpack(path, {"ema_params": tree})
     content = path.read_bytes()
     if how == "cut": path.write_bytes(content[:data.draw(st.integers(0, len(content) - 1))])
     elif how == "no average": path.write_bytes(msgpack.packb({"params": {}}))
     elif how == "pickle": path.write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(CheckpointError, match="teacher.msgpack"): dfno.load_authors_teacher(path, FLAX)
+    with pytest.raises(CheckpointError, match="teacher.msgpack"): dfno.load_authors_checkpoint(path, FLAX)

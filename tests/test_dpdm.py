@@ -18,6 +18,7 @@ from test_distributed import launched
 
 from diffusion_papers import dpdm
 from diffusion_papers.__main__ import main
+from diffusion_papers.evidence.dpdm import audit
 from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint
 from diffusion_papers.core.data import digits
 from diffusion_papers.core.networks import authors_keys
@@ -33,7 +34,7 @@ class Stop(Exception): pass
 
 
 def stop_at(number):
-    def callback(step, model):
+    def callback(step, spent):
         if step == number: raise Stop
     return callback
 
@@ -67,7 +68,7 @@ def test_a_public_run_is_resumed_to_the_same_bits(tmp_path):
 
 def test_a_private_run_never_spends_more_than_it_says(tmp_path):
     steps = []
-    def count(step, model):
+    def count(step, spent):
         steps.append(step)
         if len(steps) in (5, 9): raise Stop
     for resume in (False, True):
@@ -78,6 +79,20 @@ def test_a_private_run_never_spends_more_than_it_says(tmp_path):
     assert "no privacy" not in model.guarantee["statement"]
     ledger = Ledger.open(tmp_path / "run" / "ledger.json", SHORT.mechanism(1438))
     with pytest.raises(PrivacyBudgetExceeded): ledger.record()
+
+
+def test_a_callback_is_told_the_price_so_far_and_nothing_of_the_pictures(tmp_path):
+    told = {}
+    def listen(step, spent, last=7):
+        told[step] = spent
+        assert spent == Ledger.read(tmp_path / "run").spent()  # what is told is paid
+        if step == last: raise Stop
+    with pytest.raises(Stop): dpdm.train(SHORT, tmp_path / "run", device="cpu", callback=listen)
+    model = dpdm.train(SHORT, tmp_path / "run", resume=True, device="cpu", callback=lambda step, spent: listen(step, spent, None))
+    assert list(told) == list(range(1, 12)) and told[11] == model.guarantee["epsilon"]  # a step was lost, and stays paid
+    public = {}
+    dpdm.train(PUBLIC, device="cpu", callback=public.__setitem__)
+    assert list(public) == list(range(1, 13)) and public[12] == model.guarantee["epsilon"]
 
 
 def test_a_ledger_of_another_mechanism_or_a_lost_one_is_refused(tmp_path):
@@ -181,14 +196,14 @@ def test_samples_need_no_data(monkeypatch):
     model = dpdm.build(PUBLIC)
     for name in ("load_data", "test_data", "digits", "glyphs"):
         monkeypatch.setattr(dpdm, name, lambda *_, **__: pytest.fail("the data were asked for"))
-    assert dpdm.sample(model, 6, how="churn", amount=5.0, steps=4).shape == (6, 1, 8, 8)
+    assert dpdm.sample(model, 6, solver="churn", s_churn=5.0, steps=4).shape == (6, 1, 8, 8)
 
 
-@pytest.mark.parametrize("how", dpdm.SAMPLING)
-def test_guidance_and_seeds(how):
+@pytest.mark.parametrize("solver", dpdm.SOLVERS)
+def test_guidance_and_seeds(solver):
     model = dpdm.build(PUBLIC)
     for parameter in model.parameters(): nn.init.normal_(parameter, std=0.3, generator=public_generator(0))
-    a, b, other, guided = (dpdm.sample(model, 5, how=how, steps=5, amount=5.0, **kind)
+    a, b, other, guided = (dpdm.sample(model, 5, solver=solver, steps=5, s_churn=5.0, **kind)
                            for kind in ({}, {}, {"seed": 1}, {"guidance": 2.0}))
     assert torch.equal(a, b) and not torch.equal(a, other) and not torch.equal(a, guided)
 
@@ -201,7 +216,7 @@ def test_private_runs_are_not_measured_unasked(tmp_path):
 
 
 def test_the_audit_can_tell_right_from_wrong():
-    assert dpdm.audit("none", 100) <= 1 < dpdm.audit("no noise", 100)
+    assert audit("none", 100) <= 1 < audit("no noise", 100)
 
 
 def test_a_checkpoint_of_another_paper_is_refused():
@@ -283,6 +298,6 @@ def test_odd_pictures_are_found_before_the_ledger_opens(tmp_path):
 
 
 def test_scenes_are_measured_by_the_judge():
-    model = dpdm.build(replace(dpdm.SCENES, public=True))
+    model = dpdm.build(replace(dpdm.CONFIGS["scenes"], public=True))
     row, = dpdm.evaluate(model, 100, steps=2, kinds=())
     assert row["frechet"] > 100 and 0 <= row["judged"] < 0.6  # it was not trained

@@ -22,6 +22,7 @@ from torch import nn
 
 from diffusion_papers import dpdm
 from diffusion_papers.__main__ import main
+from diffusion_papers.evidence import dpdm as evidence
 from diffusion_papers.topics import privacy
 from diffusion_papers.core.data import digits
 from diffusion_papers.topics.privacy import Ledger, Mechanism
@@ -281,7 +282,7 @@ def test_the_command_adds_up_files_and_folders(tmp_path, capsys):
 
 
 def test_a_run_without_its_ledger_is_refused(tmp_path):
-    def stop(step, model): raise Stop
+    def stop(step, spent): raise Stop
     with pytest.raises(Stop): dpdm.train(SHORT, tmp_path / "early", device="cpu", callback=stop)  # before a checkpoint
     dpdm.train(SHORT, tmp_path / "late", device="cpu")
     shutil.copytree(tmp_path / "late", tmp_path / "weights")
@@ -297,7 +298,7 @@ def test_a_run_without_its_ledger_is_refused(tmp_path):
 
 def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(tmp_path):
     told = []
-    def again(step, model):
+    def again(step, spent):
         before = (tmp_path / "config.json").read_bytes()
         other = SHORT.override(**{"training.lr": 1e-4})
         for config, resume in ((SHORT, True), (other, True), (SHORT, False)):
@@ -321,10 +322,10 @@ def test_fewer_declared_people_than_there_are_is_refused(tmp_path):
     batch = {name: value[:50] for name, value in digits("train").tensors.items()}
     with Ledger.open(tmp_path / "ledger.json", Mechanism(10, 0.5, 5.0, 0.05, 5)) as ledger:
         with pytest.raises(ValueError, match="examples: 10 are declared, but the data hold 50"):
-            dpdm.fit_private_classifier("linear", batch, 10, ledger)
+            evidence.fit_private_classifier("linear", batch, 10, ledger)
         assert ledger.taken == 0
     with Ledger.open(tmp_path / "more.json", Mechanism(60, 0.5, 5.0, 0.01, 5)) as ledger:  # hides the true number
-        dpdm.fit_private_classifier("linear", batch, 10, ledger)
+        evidence.fit_private_classifier("linear", batch, 10, ledger)
         assert ledger.taken == 5
 
 
@@ -448,10 +449,10 @@ def test_training_refuses_such_a_model_before_anything_is_paid(tmp_path, monkeyp
 
 
 def test_a_classifier_that_stores_pictures_is_refused_before_anything_is_paid(tmp_path, monkeypatch):
-    monkeypatch.setattr(dpdm, "classifier", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), Centred("hidden")))
+    monkeypatch.setattr(evidence, "classifier", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), Centred("hidden")))
     batch = {name: value[:50] % 4 if name == "class_label" else value[:50] for name, value in digits("train").tensors.items()}
     with Ledger.open(tmp_path / "ledger.json", Mechanism(50, 0.5, 5.0, 1e-3, 5)) as ledger:
-        with pytest.raises(ValueError, match="Centred"): dpdm.fit_private_classifier("linear", batch, 4, ledger)
+        with pytest.raises(ValueError, match="Centred"): evidence.fit_private_classifier("linear", batch, 4, ledger)
         assert ledger.taken == 0
 
 

@@ -23,7 +23,7 @@ from diffusion_papers.evidence import genie as genie_evidence
 from diffusion_papers.workbench import page, scale, timing
 from diffusion_papers.workbench.checks import check_fields, check_seed
 from diffusion_papers.workbench.configs import Config
-from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, paper, papers
+from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, evidence, paper, papers
 
 PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},
@@ -99,14 +99,14 @@ def test_every_argument_refuses_what_it_cannot_be(slug, action, capsys, models):
 @pytest.mark.parametrize("words, name", [
     ("sample genie --set class_label=text", "class_label"), ("sample genie --set class_label=99", "class_label"),
     ("sample genie --set exponent=1e20", "exponent"), ("sample genie --set solver=rk4", "solver"),
-    ("sample dpdm --set size=0", "size"), ("sample dpdm --set how=walk", "how"), ("sample ddo --set points=3", "points"),
+    ("sample dpdm --set size=0", "size"), ("sample dpdm --set solver=walk", "solver"), ("sample ddo --set points=3", "points"),
     ("sample i2sb --set data_path=nowhere", "data_path"), ("sample i2sb --set calls=100000", "calls"), ("sample dfno --set times=3", "times"),
     ("evaluate genie --set repeats=0", "repeats"), ("evaluate genie --set calls=five", "calls"),
     ("evaluate genie --set calls=(5,2.5)", "calls"), ("evaluate genie --set calls=()", "calls"),
     ("evaluate genie --set calls=5 solvers=f_pndm", "calls"), ("evaluate genie --set exponents=x", "exponents"),
     ("evaluate genie --set exponents=0", "exponents"), ("evaluate genie --set solvers=rk4", "solvers"), ("evaluate dfno --set calls=0", "calls"),
     ("evaluate dfno --set data_path=nowhere", "data_path"), ("evaluate i2sb --set calls=(1,-1)", "calls"),
-    ("evaluate dpdm --set how=walk", "how"), ("evaluate dpdm --set kinds=tree", "kinds"), ("evaluate dpdm --set epochs=0", "epochs"),
+    ("evaluate dpdm --set solvers=walk", "solvers"), ("evaluate dpdm --set kinds=tree", "kinds"), ("evaluate dpdm --set epochs=0", "epochs"),
     ("evaluate ddo --set points=33", "points"), ("evaluate ddo --set points=()", "points"),
     ("train genie --set seed=-1", "seed"), ("train genie --set evaluated=1", "evaluated"), ("train genie --set nothing=1", "nothing"),
     ("train genie --set diffusion.unet.multipliers=()", "multipliers"), ("train genie --set diffusion.mlp.shape=(1,'a')", "shape"),
@@ -384,7 +384,8 @@ def test_a_scale_goes_on_too(monkeypatch, tmp_path, capsys):
 
 def test_every_benchmark_is_a_dictionary_of_parts(monkeypatch):
     for slug in PAPERS:
-        assert inspect.signature(paper(slug).benchmark).return_annotation.__origin__ is dict
-    monkeypatch.setattr(dfno, "paired", lambda ours, peer, **_: {"seconds": 1.0})
-    names = dfno._bench_blocks("cpu")
+        module = paper(slug) if hasattr(paper(slug), "benchmark") else evidence(slug)
+        assert inspect.signature(module.benchmark).return_annotation.__origin__ is dict
+    monkeypatch.setattr(evidence("dfno"), "paired", lambda ours, peer, **_: {"seconds": 1.0})
+    names = evidence("dfno")._bench_blocks("cpu")
     assert [part()["what"] for part in names.values()] == list(names)

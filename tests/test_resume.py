@@ -143,7 +143,7 @@ def test_a_private_run_goes_on_from_the_checkpoint_before_and_pays_again(tmp_pat
     (tmp_path / "run.safetensors").unlink()
     steps = []
     with pytest.warns(UserWarning, match="before it"):
-        model = dpdm.train(config, tmp_path, resume=True, device="cpu", callback=lambda step, model: steps.append(step))
+        model = dpdm.train(config, tmp_path, resume=True, device="cpu", callback=lambda step, spent: steps.append(step))
     assert steps == [4, 5, 6, 7] and model.guarantee["steps"] == 12  # eight were paid for, four were left
     assert load_checkpoint(tmp_path / "run.safetensors")[1]["step"] == 7
 

@@ -22,7 +22,7 @@ from ..workbench.results import write_json
 from ..workbench.files import locked
 from .denoisers import per_sample
 from .metrics import Moments, to_bytes
-from .training import processes, step_seed
+from .training import processes, progress_bar, step_seed
 
 # %% ../../nbs/core/11_generation.ipynb #41658aba
 def pieces(
@@ -63,8 +63,8 @@ def slerp(
 def _file(folder, first): return Path(folder) / f"{first:09d}.safetensors"
 
 
-def _described(ours, folder, described, free):
-    "Write down what the folder is to hold, or see that it holds the same."
+def _describe(folder, described, free, ours):
+    "Say in a folder what its samples are, or require that it says the same (`ValueError` names what differs)."
     place = folder / "about.json"
     if ours.is_main_process:
         for left in folder.glob("*.tmp"): left.unlink()  # of a process that was killed while it wrote
@@ -74,6 +74,14 @@ def _described(ours, folder, described, free):
         raise ValueError(f"folder: {folder} holds other samples: {', '.join(changed)}")
 
 
+def _write_piece(folder, piece, samples):
+    "Write the samples of a piece, as many as it has numbers (`ValueError`)."
+    tensors = {name: value.detach().cpu().contiguous() for name, value in samples.items()}
+    wrong = [name for name, value in tensors.items() if len(value) != len(piece)]
+    if wrong: raise ValueError(f"draw: expected {len(piece)} samples, got {len(tensors[wrong[0]])} of {wrong[0]}")
+    write_tensors(_file(folder, piece.start), tensors)
+
+# %% ../../nbs/core/11_generation.ipynb #936bb0e7
 def generate(
     draw: Callable,           # piece (a range of sample numbers) -> name -> tensor (len(piece), ...)
     count: int,               # samples in all
@@ -88,15 +96,12 @@ def generate(
     ours, folder, asked = processes(device), Path(folder), pieces(count, size)
     described = {"count": count, "size": size, "about": about or {}}
     with locked(folder / "about.lock", f"folder: {folder}") if ours.is_main_process else nullcontext():
-        _described(ours, folder, described, free)
+        _describe(folder, described, free, ours)
         missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
         ours.wait_for_everyone()  # all have looked before anyone writes, so that what is missing is shared evenly
-        for piece in require("tqdm", "train").tqdm(missing[ours.process_index::ours.num_processes], unit_scale=size, unit="sample",
-                                                   desc="generating", **({} if ours.is_main_process else {"disable": True})):
-            tensors = {name: value.detach().cpu().contiguous() for name, value in draw(piece).items()}
-            wrong = [name for name, value in tensors.items() if len(value) != len(piece)]
-            if wrong: raise ValueError(f"draw: expected {len(piece)} samples, got {len(tensors[wrong[0]])} of {wrong[0]}")
-            write_tensors(_file(folder, piece.start), tensors)
+        mine = missing[ours.process_index::ours.num_processes]
+        for piece in progress_bar(ours, mine, unit_scale=size, unit="sample", desc="generating"):
+            _write_piece(folder, piece, draw(piece))
         ours.wait_for_everyone()
     return Generated(folder)
 
@@ -163,9 +168,8 @@ def generated_moments(
     if len(pieces(count, size)) < ours.num_processes:
         raise ValueError(f"size: {ours.num_processes} processes share {count} samples in pieces of {size}; "
                          "make the pieces smaller")
-    for piece in require("tqdm", "train").tqdm(pieces(count, size, ours.process_index, ours.num_processes), unit_scale=size,
-                                               unit="sample", desc="measuring",
-                                               **({} if ours.is_main_process else {"disable": True})):
+    mine = pieces(count, size, ours.process_index, ours.num_processes)
+    for piece in progress_bar(ours, mine, unit_scale=size, unit="sample", desc="measuring"):
         features = extractor(draw(piece))
         moments = moments or Moments(features.shape[1], ours.device)
         moments.add(features)

@@ -6,9 +6,9 @@
 __all__ = ['SAMPLERS', 'LARGEST_IN_FLOAT32', 'REFERENCE_STEPS', 'REFERENCE_ERROR', 'time_grid', 'sigma_grid', 'karras_grid',
            'log_grid', 'check_sigmas', 'as_state', 'widened', 'guarded', 'sampler', 'Counted', 'euler', 'heun',
            'midpoint', 'adams_bashforth', 's_pndm', 'f_pndm', 'dpm_solver_pp', 'white', 'check_noise', 'ancestral',
-           'churn', 'annealed_langevin', 'taylor', 'noise_estimate', 'slope_derivative', 'exact_slope',
-           'convergence_order', 'derivative_by_difference', 'euler_in_time', 'runge_kutta_45', 'reference_grid',
-           'reference_and_error', 'reference_solution']
+           'euler_maruyama', 'churn', 'annealed_langevin', 'taylor', 'noise_estimate', 'slope_derivative',
+           'exact_slope', 'convergence_order', 'derivative_by_difference', 'euler_in_time', 'runge_kutta_45',
+           'reference_grid', 'reference_and_error', 'reference_solution']
 
 # %% ../../nbs/core/04_samplers.ipynb #c58f03db
 import functools
@@ -340,6 +340,25 @@ def ancestral(
         if fresh > 0: x = x + fresh * noise(x)
     return x
 
+# %% ../../nbs/core/04_samplers.ipynb #90af292f
+@sampler
+def euler_maruyama(
+    denoise,               # x, sigma (B,) -> estimate of x_0, same shape as x
+    x: torch.Tensor,       # start (B, ...)
+    sigmas: torch.Tensor,  # noise levels, decreasing, the last may be 0 (S+1,)
+    *,
+    noise=None,            # noise(x) -> one fresh draw shaped like x
+    callback=None,         # called with (step, x, x_0 estimate) before each step
+) -> torch.Tensor:         # x at sigmas[-1], where that is 0 the last estimate
+    "Steps of the reverse stochastic equation (Song et al. 2021; DPDM's stochastic DDIM). One call a step."
+    check_noise(noise, sigmas, "euler_maruyama")
+    for step, (now, then) in enumerate(pairwise(sigmas.to(x))):  # fresh noise hides what the state's precision rounds off
+        x0 = denoise(x, now)
+        callback(step, x, x0)
+        if then == 0: return x0
+        x = x + 2 * (then - now) / now * (x - x0) + torch.sqrt(2 * (now - then) * now) * noise(x)
+    return x
+
 # %% ../../nbs/core/04_samplers.ipynb #1aa746ee
 @sampler
 def churn(
@@ -353,11 +372,13 @@ def churn(
     s_min: float=0.05,     # churn only above this level ...
     s_max: float=50.0,     # ... and below this one
     s_noise: float=1.003,  # standard deviation of the added noise, slightly above 1 against loss of detail
+    limit: float=math.sqrt(2) - 1,  # largest relative rise of the level in a step, at least 0
 ) -> torch.Tensor:         # x at sigmas[-1]
     "Stochastic Heun sampler (Karras et al. 2022, algorithm 2). Two calls a step, one for a step to 0."
     check_noise(noise, sigmas, "churn"); check_range(s_churn, "s_churn", 0.0)
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        raise_by = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_min <= now <= s_max else 0.0
+    check_range(s_max, "s_max", s_min); check_range(limit, "limit", 0.0)
+    for step, (now, then) in enumerate(pairwise(sigmas.to(x))):
+        raise_by = min(s_churn / (len(sigmas) - 1), limit) if s_min <= now <= s_max else 0.0
         raised = now * (1 + raise_by)
         if raise_by > 0: x = x + torch.sqrt(raised**2 - now**2) * s_noise * noise(x)
         x0 = denoise(x, raised)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KERNELS', 'GaussianMeasure', 'Matern', 'SquaredExponential', 'white', 'check_spectrum', 'PeriodicField',
            'CosineField', 'nested_sample', 'grid_points', 'KernelField', 'cholesky', 'inner_product',
-           'log_shift_density', 'Comparison', 'feldman_hajek', 'half_plane_amplitudes', 'half_plane_field',
-           'stable_density', 'cosine_amplitudes', 'ReleasedCosineField']
+           'log_shift_density', 'gaussian_operator', 'mixture_operator', 'empirical_operator', 'Comparison',
+           'feldman_hajek', 'half_plane_amplitudes', 'half_plane_field', 'stable_density', 'cosine_amplitudes',
+           'ReleasedCosineField']
 
 # %% ../../nbs/topics/05_gaussian_fields.ipynb #633d9835
 import functools
@@ -19,6 +20,7 @@ import torch
 
 from ..workbench.checks import check_choice, check_range
 from .spectral import cosine_transform, real_values, resample, wave_numbers
+from ..core.denoisers import per_sample
 from ..core.training import step_seed
 
 # %% ../../nbs/topics/05_gaussian_fields.ipynb #1043d67a
@@ -338,6 +340,60 @@ def log_shift_density(
     "The log density of the shifted measure with respect to the one that is not (Cameron and Martin)."
     shift, u = real_values(shift, "shift", measure.dim), real_values(u, "u", measure.dim)
     return inner_product(measure, shift, u) - inner_product(measure, shift, shift) / 2
+
+# %% ../../nbs/topics/05_gaussian_fields.ipynb #0314521c
+def gaussian_operator(
+    data: PeriodicField,   # N(0, S), on the torus of the noise
+    noise: PeriodicField,  # N(0, C)
+    mean: torch.Tensor | float=0.0,  # of the data (n_1, ..., n_d), or one number
+):                         # denoiser (v (B, n_1, ..., n_d), sigma (B,)) -> estimate, the same shape
+    "The best estimate of Gaussian data, a filter for each wave."
+    def denoise(v, sigma):
+        shape, axes = tuple(v.shape[1:]), tuple(range(1, v.ndim))
+        s, noisy = data.eigenvalues(shape, half=True).to(v), noise.eigenvalues(shape, half=True).to(v)
+        level = per_sample(torch.as_tensor(sigma, dtype=v.dtype, device=v.device).expand(len(v)), v)
+        factor = torch.where(s > 0, s / (s + level**2 * noisy).clamp(min=torch.finfo(v.dtype).tiny), 0.0)
+        return mean + torch.fft.irfftn(factor * torch.fft.rfftn(v - mean, dim=axes), s=shape, dim=axes)
+    return denoise
+
+
+def mixture_operator(
+    means: torch.Tensor,   # of the parts, on N points (M, N)
+    data: torch.Tensor,    # covariance of every part (N, N)
+    noise: torch.Tensor,   # covariance of the noise (N, N)
+    weights: torch.Tensor | None=None,  # of the parts (M,), sum 1; None makes them equal
+):                         # denoiser (v (B, N), sigma (B,)) -> estimate (B, N); one level for a whole batch
+    "The best estimate of a mixture of Gaussian processes with one covariance, by dense matrices."
+    weights = torch.full((len(means),), 1 / len(means)) if weights is None else weights
+    factors = {}
+    def at(level):
+        if level not in factors: factors[level] = cholesky(data + level**2 * noise, "data + sigma^2 noise")
+        return factors[level]
+    def denoise(v, sigma):
+        level = torch.as_tensor(sigma).flatten()[0].item()
+        centres, spread = means.to(v), data.to(v)
+        factor = at(level).to(v)
+        away = torch.linalg.solve_triangular(factor, centres.T, upper=False)        # (N, M), whitened
+        here = torch.linalg.solve_triangular(factor, v.T, upper=False)              # (N, B)
+        log_weight = weights.to(v).log() + here.T @ away - away.square().sum(0) / 2 # but for what all parts share
+        share = torch.softmax(log_weight, dim=1)                                    # (B, M)
+        mean = share @ centres
+        return mean + torch.cholesky_solve((v - mean).T, factor).T @ spread
+    return denoise
+
+
+def empirical_operator(
+    functions: torch.Tensor,  # the data set (M, n_1, ..., n_d)
+    noise: GaussianMeasure,   # N(0, C)
+):                            # denoiser (v (B, n_1, ..., n_d), sigma (B,)) -> estimate, the same shape
+    "The best estimate where the data are a list of functions: a mean of them, weighted by Bayes."
+    white = noise.apply(functions, -1.0).flatten(1) / functions[0].numel()
+    own = (white * functions.flatten(1)).sum(1)  # squared Cameron-Martin norms
+    def denoise(v, sigma):
+        level = torch.as_tensor(sigma, dtype=v.dtype, device=v.device).expand(len(v))[:, None]
+        share = torch.softmax((v.flatten(1) @ white.to(v).T - own.to(v) / 2) / level**2, dim=1)
+        return (share @ functions.to(v).flatten(1)).reshape(v.shape)
+    return denoise
 
 # %% ../../nbs/topics/05_gaussian_fields.ipynb #7a88d3ca
 @dataclass(frozen=True)

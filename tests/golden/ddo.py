@@ -6,6 +6,8 @@ import torch
 
 from diffusion_papers import ddo
 from diffusion_papers.topics import fluids, gaussian_fields
+from diffusion_papers.topics.function_data import circular_moments
+from diffusion_papers.core.samplers import annealed_langevin
 from diffusion_papers.core.networks import sinusoids
 from diffusion_papers.topics.operator_networks import (BiasedSpectralConv, FnoUNet, FnoUNetConfig, SpectralGroupNorm,
                                                      UShapedConfig, UShapedOperator, operator_keys, without_aliases)
@@ -110,16 +112,19 @@ def blur_steps(a):
 
 
 def metrics(a):
-    spread, skewness = ddo.circular_moments(a["x"].movedim(-1, 1))
+    spread, skewness = circular_moments(a["x"].movedim(-1, 1))
     first, last, levels = a["ladder_args"].tolist()
     return {"circ_var": spread, "circ_skew": skewness, "sigma_ladder": ddo.ladder(first, last, int(levels))}
 
 
 def dsm_loss(a):
     u, noise, answer = (a[name].movedim(-1, 1) for name in ("u", "z", "F"))
-    noised = u + a["sigma"].sqrt()[:, None, None, None] * noise
-    return {"u_noised": noised.movedim(1, -1),
-            "loss": ddo.score_matching_loss(answer, noise, a["sigma"], variance=True).mean()}
+    seen = []
+    def score(v, sigma):
+        seen.append(v)
+        return answer
+    loss = ddo.score_matching_loss(score, u, a["sigma"], noise, variance=True).mean()
+    return {"u_noised": seen[0].movedim(1, -1), "loss": loss}
 
 
 def navier_stokes(a):
@@ -153,7 +158,7 @@ def langevin_gaussian(a):
     data, noise, c, inner = Table(a["data_eig"]), Table(a["noise_eig"]), a["c"].item(), int(a["steps_per_level"])
     variances = ddo.variance_recursion(data.table, noise.table, a["sigmas"], c, inner)
     replay = iter(a["Z"].double().flatten(0, 1))
-    end = ddo.annealed_langevin(ddo.gaussian_operator(data, noise), a["sigmas"][0] * noise.color(a["z0"][None]), a["sigmas"],
+    end = annealed_langevin(gaussian_fields.gaussian_operator(data, noise), a["sigmas"][0] * noise.color(a["z0"][None]), a["sigmas"],
                                 noise=lambda v: noise.color(next(replay)[None]), inner_steps=inner, step_size=c)
     levels = len(variances)
     return {"mode_var_after_level": variances[[0, levels // 2, levels - 1]], "u_end": end[0],
@@ -165,7 +170,7 @@ def langevin_code_rule(a):
     fields = lambda x: x.movedim(-1, 1).double().flatten(0, 1)
     def score(v, sigma):
         level = sigma.sqrt()
-        return (ddo.gaussian_operator(data, noise)(v, level) - v) / sigma[:, None, None]
+        return (gaussian_fields.gaussian_operator(data, noise)(v, level) - v) / sigma[:, None, None]
     replay = iter(a["Z"])
     start = fields(a["x0"])
     end = ddo.released_langevin(score, start, a["sigma"], noise=lambda v: noise.color(fields(next(replay))),

@@ -12,7 +12,7 @@ from diffusion_papers.core.analytic import gaussian_denoiser
 from diffusion_papers.core.metrics import gaussian_frechet
 from diffusion_papers.core.networks import UNet, authors_keys, unet_config
 from diffusion_papers.topics.privacy import clipped_sum, per_example_gradients
-from diffusion_papers.core.samplers import euler, karras_grid
+from diffusion_papers.core.samplers import churn, euler, euler_maruyama, karras_grid
 from diffusion_papers.core.training import update_average
 
 MANIFEST = Path(__file__).parents[1] / "manifests" / "dpdm-mnist_28.json"
@@ -137,11 +137,11 @@ def samplers(arrays):
         whole = torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
         drawn = iter(torch.as_tensor(arrays.get(f"s{number}_noise", np.zeros((0, 1)))))
         noise, start = (lambda x: next(drawn)), x * how["tmax"]
-        if how.get("stochastic"): end = dpdm.reverse_diffusion(denoise, start, whole, noise)
+        if how.get("stochastic"): end = euler_maruyama(denoise, start, whole, noise=noise)
         elif how["sampler"] == "ddim": end = euler(denoise, start, whole)
         else:
-            end = dpdm.strong_churn(denoise, start, whole, noise, amount=how.get("s_churn", 0.0), low=how.get("s_min", 0.05),
-                                    high=how.get("s_max", 50.0), scale=how.get("s_noise", 1.0), limit=how.get("churn_limit", 1.0))
+            end = churn(denoise, start, whole, noise=noise, s_churn=how.get("s_churn", 0.0), s_min=how.get("s_min", 0.05),
+                        s_max=how.get("s_max", 50.0), s_noise=how.get("s_noise", 1.0), limit=how.get("churn_limit", 1.0))
         assert next(drawn, None) is None  # all of the recorded noise was asked for
         found |= {f"s{number}_sigmas": grid.numpy(), f"s{number}_out": end.numpy()}
     return found
