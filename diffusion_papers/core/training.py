@@ -359,7 +359,7 @@ def to_device(batch, device, layout):
                            memory_format=layout if value.ndim == 4 else torch.preserve_format)
             for name, value in batch.items()}
 
-
+# %% ../../nbs/core/08_training.ipynb #504ea08f
 class Pieces:
     "The pieces of each batch that this process computes."
 

@@ -288,6 +288,10 @@ def _check_one_name(path):
         raise ValueError(f"path: {path} has another name (a hard link), under which its payments would not be seen; a ledger has one name")
 
 # %% ../../nbs/topics/03_privacy.ipynb #7b5d216f
+class PrivacyBudgetExceeded(RuntimeError):
+    "The planned steps are spent; the step that was asked for must not be taken."
+
+
 class _Account:
     "A mechanism, and how many of its steps are paid."
 
@@ -315,10 +319,6 @@ class _Account:
         return told if plan.randomness == "secret" else f"no privacy: the noise is public; were it secret, {told}"
 
 # %% ../../nbs/topics/03_privacy.ipynb #ff8a9cf7
-class PrivacyBudgetExceeded(RuntimeError):
-    "The planned steps are spent; the step that was asked for must not be taken."
-
-
 class _Payments(_Account):
     "An account that can be paid into, as long as its lock is held."
 
@@ -358,6 +358,14 @@ class _Payments(_Account):
                 raise ValueError(f"path: {self.path} has disappeared or changed; one ledger serves one run at a time")
             _write_ledger(self.path, self.mechanism, self.taken + int(steps))
             self.taken += int(steps)
+
+    def close(self):
+        "Let another run have the ledger; what was spent can be asked as before."
+        if self._lock: self._lock.close()
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __del__(self): self.close()
 
 # %% ../../nbs/topics/03_privacy.ipynb #49e09a64
 class Ledger(_Payments):
@@ -400,14 +408,6 @@ class Ledger(_Payments):
         except (ValueError, TypeError) as error: raise ValueError(f"path: {path} is damaged, or no ledger ({error})") from error
         if taken > mechanism.steps: raise ValueError(f"path: {path} is damaged: {taken} of {mechanism.steps} steps are spent")
         return cls(path, mechanism, taken)
-
-    def close(self):
-        "Let another run have the ledger; what was spent can be asked as before."
-        if self._lock: self._lock.close()
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-    def __del__(self): self.close()
 
 # %% ../../nbs/topics/03_privacy.ipynb #7b0c2427
 def _composed_total(ledgers, delta, accountant):
