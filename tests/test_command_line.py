@@ -41,7 +41,7 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     assert other.returncode == 1 and "diffusion.training.steps was 3 and is 5" in other.stderr
     assert command(*run, "--resume").returncode == 0
     model = tmp_path / "run" / "model.safetensors"
-    done = command("evaluate", "genie", "--model", model, "--set", "count=20", "budgets=(5,)",
+    done = command("evaluate", "genie", "--model", model, "--set", "count=20", "calls=(5,)",
                    "--output", tmp_path / "rows.json")
     assert (done.returncode == 0 and "frechet" in done.stdout
             and len(json.loads((tmp_path / "rows.json").read_text())) == 7)

@@ -20,10 +20,12 @@ from diffusion_papers import i2sb
 from diffusion_papers.__main__ import main
 from diffusion_papers.workbench.checkpoints import CheckpointError
 from diffusion_papers.core.data import digits
-from diffusion_papers.core.networks import authors_keys
+from diffusion_papers.core.networks import FilmConfig, authors_keys
 from diffusion_papers.core.training import Draws
+from diffusion_papers.topics.corruptions import TASKS, degrade, reduced_and_repeated
+from diffusion_papers.topics.large_pictures import room, stretches
 
-SMALL = i2sb.DIGITS.override(**{"film.width": 8, "training.steps": 12, "training.batch_size": 8, "training.checkpoint_every": 3})
+SMALL = i2sb.CONFIGS["cpu"].override(**{"film.width": 8, "training.steps": 12, "training.batch_size": 8, "training.checkpoint_every": 3})
 TINY = i2sb.CONFIGS["imagenet256"].override(**{"unet.image_size": 16, "unet.width": 32, "unet.multipliers": (1, 2), "unet.blocks": 1,
                                                "unet.attention": (8,), "unet.head_width": 32})
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -89,15 +91,15 @@ def test_chained_steps_have_the_spread_of_the_bridge():
     assert abs(x.std() / (here * (1 - (here / end) ** 2).sqrt()) - 1) < 0.02
 
 
-@pytest.mark.parametrize("task", list(i2sb.TASKS))
+@pytest.mark.parametrize("task", list(TASKS))
 @pytest.mark.parametrize("conditional", [False, True])
 def test_every_task_trains_and_restores(task, conditional):
     size, channels = (16, 3)
-    config = replace(SMALL, task=task, conditional=conditional, data="shapes", film=i2sb.FilmConfig(channels, size, 8, (1,)))
+    config = replace(SMALL, task=task, conditional=conditional, data="shapes", film=FilmConfig(channels, size, 8, (1,)))
     config = config.override(**{"training.steps": 2, "training.batch_size": 4})
     model = i2sb.train(config, device="cpu")
     x0 = i2sb.load_data(config).__getitems__([0, 1])["x0"]
-    x1, mask = i2sb.degrade(x0, task, Draws(torch.Generator().manual_seed(0)))
+    x1, mask = degrade(x0, task, Draws(torch.Generator().manual_seed(0)))
     restored = i2sb.restore_images(model, x1, mask, calls=3)
     assert restored.shape == x0.shape and torch.isfinite(restored).all()
     if task.startswith("inpaint"): assert torch.equal(restored[mask.expand_as(x0) == 0], x0[mask.expand_as(x0) == 0])
@@ -105,17 +107,17 @@ def test_every_task_trains_and_restores(task, conditional):
 
 
 def test_a_mixture_gives_every_image_one_of_its_tasks():
-    x0 = i2sb.load_data(replace(SMALL, data="shapes", film=i2sb.FilmConfig(3, 16))).__getitems__(list(range(60)))["x0"]
-    x1, mask = i2sb.degrade(x0, "sr4x-pool+inpaint-center", Draws(torch.Generator().manual_seed(0)))
+    x0 = i2sb.load_data(replace(SMALL, data="shapes", film=FilmConfig(3, 16))).__getitems__(list(range(60)))["x0"]
+    x1, mask = degrade(x0, "sr4x-pool+inpaint-center", Draws(torch.Generator().manual_seed(0)))
     holes = (mask == 0).flatten(1).any(1)
     assert 15 < holes.sum() < 45
-    pooled = i2sb.reduced_and_repeated(x0)
+    pooled = reduced_and_repeated(x0)
     assert torch.equal(x1[~holes], pooled[~holes]) and torch.equal(x1[holes][..., :4, :], x0[holes][..., :4, :])
 
 
 def test_noise_at_the_start_and_the_ways_of_the_bridge_differ():
     x0 = digits("test").tensors["x0"][:3]
-    x1, mask = i2sb.degrade(x0, "sr2x-pool", Draws(torch.Generator().manual_seed(0)))
+    x1, mask = degrade(x0, "sr2x-pool", Draws(torch.Generator().manual_seed(0)))
     torch.manual_seed(0)
     config = SMALL.override(task="sr2x-pool")
     results = [i2sb.restore_images(i2sb.build(replace(config, **changes)), x1, seed=seed, calls=4) for seed in (0, 1)
@@ -136,7 +138,7 @@ def test_an_interrupted_training_is_resumed_to_the_same_bits(tmp_path, method):
     assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
 
 
-PICTURES = i2sb.DIGITS.override(task="jpeg+inpaint", data="photographs", **{"film.channels": 3, "film.width": 8, "film.dilations": (1,)})
+PICTURES = i2sb.CONFIGS["cpu"].override(task="jpeg+inpaint", data="photographs", **{"film.channels": 3, "film.width": 8, "film.dilations": (1,)})
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -160,14 +162,14 @@ def test_a_picture_is_restored_alike_in_one_go_and_in_pieces(overlap):
     mask[40:110, 30:180] = 1
     one, many = (i2sb.restore(picture, "inpaint", mask, model=model, calls=4, tile=32, overlap=overlap, piece=piece, progress=False)
                  for piece in (1000, 100))
-    assert len(i2sb.stretches(i2sb.room(210, 32, overlap), 32, overlap, 100)) > 2
+    assert len(stretches(room(210, 32, overlap), 32, overlap, 100)) > 2
     assert (one - many).abs().max() < 1e-5 and torch.equal(many[:, mask == 0], picture[:, mask == 0])
 
 
 @pytest.mark.parametrize("side,tile,overlap,longest", [(64, 64, 16, 64), (65, 64, 16, 1), (1000, 64, 0, 200), (3000, 128, 112, 1024), (112, 64, 16, 112)])
 def test_stretches_cover_a_side_and_share_two_squares(side, tile, overlap, longest):
-    side = i2sb.room(side, tile, overlap)
-    found, total = i2sb.stretches(side, tile, overlap, longest), torch.zeros(side)
+    side = room(side, tile, overlap)
+    found, total = stretches(side, tile, overlap, longest), torch.zeros(side)
     for start, stop, weight in found:
         assert start % (tile - overlap) == 0 and (stop - start - overlap) % (tile - overlap) == 0 and (weight >= 0).all()
         total[start:stop] += weight
@@ -183,6 +185,26 @@ def test_around_a_hole_a_picture_stays_as_it_is(tmp_path):
     restored = i2sb.restore(picture, "inpaint", tmp_path / "mask.png", model=model, calls=2, progress=False, seed=3)
     assert torch.equal(restored[:, mask == 0], picture[:, mask == 0]) and not torch.equal(restored, picture)
     assert torch.equal(restored, i2sb.restore(picture, "inpaint", mask, model=model, calls=2, progress=False, seed=3))
+
+
+def test_restoring_says_what_is_worth_telling(tmp_path):
+    picture, mask, model, told = torch.rand(3, 40, 50) * 2 - 1, torch.zeros(40, 50), i2sb.build(PICTURES), []
+    mask[10:20, 5:30] = 1
+    Image.fromarray((255 * mask).byte().numpy()).save(tmp_path / "mask.png")
+    for each in (tmp_path / "mask.png", mask):
+        i2sb.restore(picture, "inpaint", each, model=model, calls=1, progress=False, output=tmp_path / "out.png", say=told.append)
+    i2sb.restore(picture, "jpeg", model=model, calls=1, progress=False, say=told.append)
+    hole, written = "250 of 2000 pixels are taken for the hole", f"{tmp_path / 'out.png'}: 50 x 40 pixels"
+    assert told == [f"{tmp_path / 'mask.png'}: {hole}", written, f"mask: {hole}", written]
+    assert i2sb.HOOKS["restore"].function is i2sb.restore and i2sb.HOOKS["restore"].outputs == (".png",)
+
+
+def test_the_bridge_and_diffusion_from_noise_report_their_steps_alike():
+    x1 = digits("test").tensors["x0"][:2]
+    for method in ("bridge", "diffusion"):
+        seen = []
+        i2sb.restore_images(i2sb.build(replace(SMALL, method=method)), x1, calls=4, callback=lambda step, x, x0: seen.append((step, x.shape, x0.shape)))
+        assert seen == [(step, x1.shape, x1.shape) for step in range(4)]
 
 
 def test_what_is_no_picture_is_refused_and_nothing_is_written(tmp_path):

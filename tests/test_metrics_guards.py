@@ -6,11 +6,11 @@ need("train", "data")
 import pytest
 import torch
 
-from diffusion_papers import genie, i2sb
+from diffusion_papers import genie
 from diffusion_papers.workbench.checks import clipped
 from diffusion_papers.core.diffusion import MODELS, distance_to_data
 from diffusion_papers.core.generation import data_moments
-from diffusion_papers.core.metrics import (frechet_features, frechet_pixels, inside, moments_of, precision_recall,
+from diffusion_papers.core.metrics import (digit_judge, frechet_features, frechet_pixels, inside, moments_of, precision_recall, psnr,
                                            sliced_wasserstein, to_bytes)
 from diffusion_papers.workbench.plots import to_pixels
 from diffusion_papers.topics.shapes_world import Judge, judged
@@ -29,11 +29,11 @@ MEASURES = {
     "moments_of": ("images", lambda images: moments_of(small, images).mean.sum()),
     "to_bytes": ("images", to_bytes),
     "judged": ("images", lambda images: judged(Judge(), images)["shape"]),
-    "psnr": ("images", lambda images: i2sb.psnr(images, GOOD)),
+    "psnr": ("images", lambda images: psnr(images, GOOD)),
     "clipped": ("images", clipped),
 }
 STRICT = {  # not of samples: no overshoot either
-    "psnr, truth": ("truth", lambda images: i2sb.psnr(GOOD, images)),
+    "psnr, truth": ("truth", lambda images: psnr(GOOD, images)),
     "judge": ("images", lambda images: Judge().features(images)),
     "data_moments": ("data", lambda images: data_moments([{"x0": image} for image in images], small, size=3)),
     "utility": ("images", lambda images: utility(images, torch.arange(6), {"x0": GOOD, "class_label": torch.arange(6)})),
@@ -69,7 +69,7 @@ def test_bytes_are_not_shown_as_white():
 
 def test_digits_are_judged_in_their_range():
     pytest.importorskip("sklearn")
-    with pytest.raises(ValueError, match="images: expected values about"): i2sb.digit_judge().features(torch.full((2, 1, 8, 8), 200.0))
+    with pytest.raises(ValueError, match="images: expected values about"): digit_judge().features(torch.full((2, 1, 8, 8), 200.0))
 
 
 def test_solvers_that_lead_anywhere_are_still_measured():
@@ -77,12 +77,12 @@ def test_solvers_that_lead_anywhere_are_still_measured():
     model = genie.load_pretrained()
     images = genie.sample(model, 50, solver="heun", calls=4)
     assert images.abs().max() > 8 and distance_to_data(MODELS["digits"])(images) > 0
-    assert genie.evaluate(model, 8, solvers=("heun",), budgets=(4,))[0]["error"] > 1
+    assert genie.evaluate(model, 8, solvers=("heun",), calls=(4,))[0]["error"] > 1
 
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"images: expected the shape of truth, \(6, 3, 32, 32\), got \(6, 1, 32, 32\)"):
-        i2sb.psnr(GOOD[:, :1], GOOD)
+        psnr(GOOD[:, :1], GOOD)
     with pytest.raises(ValueError, match="points: expected 7 values a sample"): inside(torch.zeros(5, 3), torch.zeros(5, 7))
     with pytest.raises(ValueError, match="reference: expected at least 2"): precision_recall(torch.zeros(1, 3), torch.zeros(5, 3))
     for empty in (torch.zeros(0, 3), torch.zeros(())):

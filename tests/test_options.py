@@ -19,6 +19,7 @@ import torch
 
 from diffusion_papers import __main__ as program
 from diffusion_papers import dfno, genie, i2sb
+from diffusion_papers.evidence import genie as genie_evidence
 from diffusion_papers.workbench import page, scale, timing
 from diffusion_papers.workbench.checks import check_fields, check_seed
 from diffusion_papers.workbench.configs import Config
@@ -100,9 +101,9 @@ def test_every_argument_refuses_what_it_cannot_be(slug, action, capsys, models):
     ("sample genie --set exponent=1e20", "exponent"), ("sample genie --set solver=rk4", "solver"),
     ("sample dpdm --set size=0", "size"), ("sample dpdm --set solver=walk", "solver"), ("sample ddo --set points=3", "points"),
     ("sample i2sb --set data_path=nowhere", "data_path"), ("sample i2sb --set calls=100000", "calls"), ("sample dfno --set times=3", "times"),
-    ("evaluate genie --set repeats=0", "repeats"), ("evaluate genie --set budgets=five", "budgets"),
-    ("evaluate genie --set budgets=(5,2.5)", "budgets"), ("evaluate genie --set budgets=()", "budgets"),
-    ("evaluate genie --set budgets=5 solvers=f_pndm", "budgets"), ("evaluate genie --set exponents=x", "exponents"),
+    ("evaluate genie --set repeats=0", "repeats"), ("evaluate genie --set calls=five", "calls"),
+    ("evaluate genie --set calls=(5,2.5)", "calls"), ("evaluate genie --set calls=()", "calls"),
+    ("evaluate genie --set calls=5 solvers=f_pndm", "calls"), ("evaluate genie --set exponents=x", "exponents"),
     ("evaluate genie --set exponents=0", "exponents"), ("evaluate genie --set solvers=rk4", "solvers"), ("evaluate dfno --set calls=0", "calls"),
     ("evaluate dfno --set data_path=nowhere", "data_path"), ("evaluate i2sb --set calls=(1,-1)", "calls"),
     ("evaluate dpdm --set solvers=walk", "solvers"), ("evaluate dpdm --set kinds=tree", "kinds"), ("evaluate dpdm --set epochs=0", "epochs"),
@@ -336,7 +337,7 @@ def test_a_table_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
         if stop[0] and name == "second": raise KeyboardInterrupt
         return [{"what": name, "speed": 1.0}] * (2 if name == "third" else 1)
     parts = {name: functools.partial(part, name) for name in ("first", "second", "third")}
-    monkeypatch.setattr(genie, "benchmark", lambda device: parts)
+    monkeypatch.setattr(genie_evidence, "benchmark", lambda device: parts)
     monkeypatch.setattr(timing, "table_path", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "genie_cpu.json").write_text("an earlier table")
     bench = lambda: run(capsys, "bench", "genie", "--device", "cpu")

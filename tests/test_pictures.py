@@ -197,7 +197,7 @@ def test_a_display_p3_photograph_costs_no_more_than_its_gamut(tmp_path):
 
 def identity(monkeypatch):
     "Restoring changes nothing: what comes out is what was read."
-    monkeypatch.setattr(i2sb, "restore_piece", lambda model, x1, *rest: x1)
+    monkeypatch.setattr(i2sb, "_restore_piece", lambda model, x1, *rest: x1)
     return i2sb.build(PICTURES)
 
 
@@ -311,7 +311,7 @@ def test_pictures_that_do_not_fit_are_refused_by_name_without_their_content(wron
 def test_models_and_masks_that_do_not_fit_are_refused_by_name(tmp_path):
     model, picture = i2sb.build(PICTURES), torch.zeros(3, 20, 30)
     with pytest.raises(ValueError, match="model: expected one for colour pictures, 3 channels, got 1"):
-        i2sb.restore(picture, "sr2x-pool", model=i2sb.build(i2sb.DIGITS), calls=1, progress=False)
+        i2sb.restore(picture, "sr2x-pool", model=i2sb.build(i2sb.CONFIGS["cpu"]), calls=1, progress=False)
     for mask, words in ((torch.zeros(2, 20, 30), r"mask: .*got shape \(2, 20, 30\)"), (torch.ones(20, 30), "mask: it takes every pixel"),
                         (torch.zeros(20, 30), "mask: it takes no pixel"), (torch.eye(20), "mask: expected 30 x 20 pixels.*got 20 x 20"),
                         (np.zeros((200, 300)), r"mask: .*numpy.ndarray of shape \(200, 300\)"), (torch.full((20, 30), 0.5), "mask: expected zeros and ones.*0.5"),
@@ -325,7 +325,7 @@ def test_models_and_masks_that_do_not_fit_are_refused_by_name(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(i2sb, "restore_piece", lambda *anything: pytest.fail("the work began"))
+    monkeypatch.setattr(i2sb, "_restore_piece", lambda *anything: pytest.fail("the work began"))
     monkeypatch.setattr(i2sb, "shipped", lambda *anything: pytest.fail("the work began"))
     for output in (tmp_path / "a.jpg", tmp_path, tmp_path / "file" / "a.png"):
         with pytest.raises(ValueError, match="output: "): i2sb.restore(torch.zeros(3, 20, 30), "jpeg", output=output)

@@ -1,4 +1,4 @@
-"""References that check themselves: GENIE's fine solution on every process, against mixtures that are known exactly."""
+"""References that check themselves: fine solutions on every process, against mixtures that are known exactly."""
 import warnings
 from types import SimpleNamespace
 
@@ -13,7 +13,8 @@ from diffusion_papers import dfno, genie
 from diffusion_papers.core.analytic import gaussian_denoiser, mixture_denoiser, ring
 from diffusion_papers.core.diffusion import DiffusionConfig, random_times
 from diffusion_papers.core.processes import EDM, BoundedCosineVP, CosineVP, DiscreteVP, LinearVP, VarianceExploding
-from diffusion_papers.core.samplers import exact_slope, heun, log_grid, sigma_grid
+from diffusion_papers.core.samplers import (REFERENCE_STEPS, euler_in_time, exact_slope, heun, log_grid, reference_and_error, reference_grid,
+                                            reference_solution, runge_kutta_45, sigma_grid, time_grid)
 
 PROCESSES = [LinearVP(), CosineVP(), BoundedCosineVP(), DiscreteVP.linear(), DiscreteVP.cosine(), VarianceExploding()]
 name_of = lambda process: type(process).__name__
@@ -37,54 +38,54 @@ def test_the_reference_is_right_on_every_process(process, dtype):
     x_T = X_T.to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = genie.reference_samples(SimpleNamespace(process=process), x_T, MIXTURE)
+        found = reference_solution(MIXTURE, x_T, process)
     assert found.dtype == dtype and rms(found - truth(process, x_T)) < 2e-4
 
 
 @pytest.mark.parametrize("process", PROCESSES + [EDM()], ids=name_of)
 def test_a_reference_knows_its_error(process):
-    found, error = genie.reference_and_error(SimpleNamespace(process=process), X_T, MIXTURE, 80)
+    found, error = reference_and_error(MIXTURE, X_T, process, 80)
     assert 0.5 < error / rms(found - truth(process)) < 2
 
 
 def test_the_reference_of_the_linear_process_has_the_bits_that_it_had():
     for steps in range(1, 500):
-        assert torch.equal(genie.reference_grid(LinearVP(), steps), sigma_grid(LinearVP(), steps))
+        assert torch.equal(reference_grid(LinearVP(), steps), sigma_grid(LinearVP(), steps))
     x_T = X_T[:5].float()
-    found = genie.reference_samples(SimpleNamespace(process=LinearVP()), x_T, MIXTURE)
-    assert torch.equal(found, genie.integrate("heun", MIXTURE, x_T, LinearVP(), genie.REFERENCE_STEPS))
+    found = reference_solution(MIXTURE, x_T, LinearVP())
+    assert torch.equal(found, genie.integrate("heun", MIXTURE, x_T, LinearVP(), REFERENCE_STEPS))
 
 
 @pytest.mark.parametrize("process", PROCESSES + [EDM()], ids=name_of)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 200])
 def test_the_grid_of_a_reference_does_not_leap(process, steps):
-    levels, asked = genie.reference_grid(process, steps), sigma_grid(process, steps)
+    levels, asked = reference_grid(process, steps), sigma_grid(process, steps)
     assert (levels.diff() < 0).all() and (levels[:-1] / levels[1:]).log().max() <= 40 / steps * (1 + 1e-9)
     assert all((levels == level).any() for level in asked)  # no step that was asked for is lost
 
 
 def test_a_coarse_reference_says_so():
     with pytest.warns(UserWarning, match=r"steps: this reference is not one: 6 steps and 3 disagree .* error is about"):
-        genie.reference_samples(SimpleNamespace(process=LinearVP()), X_T, MIXTURE, 6)
+        reference_solution(MIXTURE, X_T, LinearVP(), 6)
     with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
-        genie.reference_samples(SimpleNamespace(process=LinearVP()), X_T, MIXTURE, 1)
+        reference_solution(MIXTURE, X_T, LinearVP(), 1)
 
 
 def test_a_study_says_where_its_errors_are_those_of_the_reference():
     model = genie.load_pretrained()
     with pytest.warns(UserWarning, match="more than a tenth of the smallest that is measured"):
-        rows = genie.evaluate(model, 8, solvers=("ddim", "heun"), budgets=(2, 300))
+        rows = genie.evaluate(model, 8, solvers=("ddim", "heun"), calls=(2, 300))
     assert len(rows) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        genie.evaluate(model, 8, solvers=("ddim",), budgets=(5,))
+        genie.evaluate(model, 8, solvers=("ddim",), calls=(5,))
 
 
 def test_many_taylor_steps_have_their_true_error_on_the_bounded_process():
     "Measured with the reference, and with the truth: the same."
     process, solver = BoundedCosineVP(), "taylor"
     found = genie.integrate(solver, exact_slope(MIXTURE), X_T, process, 60, exponent=1.0)
-    reference = genie.reference_samples(SimpleNamespace(process=process), X_T, MIXTURE)
+    reference = reference_solution(MIXTURE, X_T, process)
     assert abs(rms(found - reference) / rms(found - truth(process)) - 1) < 0.05
 
 
@@ -92,8 +93,15 @@ def test_adaptive_solutions_keep_their_digits_at_high_levels():
     pytest.importorskip("scipy")
     levels = torch.tensor([1e6, 0.01], dtype=torch.float64)
     x = 1e6 * torch.linspace(-3, 3, 7)[:, None]
-    found = genie.runge_kutta_45(gaussian_denoiser(0.3, 0.0), x, levels, 1e-6)
+    found = runge_kutta_45(gaussian_denoiser(0.3, 0.0), x, levels, tolerance=1e-6)
     assert (found - (0.3 + 1e-8 * (x.double() - 0.3))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("solver", [lambda denoise: runge_kutta_45(denoise, torch.ones(2, 1), torch.tensor([9.0, 0.5])),
+                                    lambda denoise: euler_in_time(denoise, torch.ones(2, 1), time_grid(4), LinearVP())])
+def test_solvers_of_other_forms_are_guarded(solver):
+    with pytest.raises(FloatingPointError, match=r"(runge_kutta_45|euler_in_time): call 1 of the model, at noise level"):
+        solver(lambda x, sigma: torch.full_like(x, torch.nan))
 
 
 def test_times_of_training_are_those_of_sampling():

@@ -73,7 +73,7 @@ def test_models_that_cannot_draw_alone_are_measured_too(kind):
     diffusion = DiffusionConfig(data="shapes", family="adm", label="time", label_dropout=0.0,
                                 low_size=16 if kind == "up-sampler" else 0, unet=unet_config("adm", **sizes, **more))
     config = genie.GenieConfig(diffusion, evaluated=3)
-    rows = genie.evaluate(genie.build(config), solvers=("genie", "ddim"), budgets=(2,))
+    rows = genie.evaluate(genie.build(config), solvers=("genie", "ddim"), calls=(2,))
     assert len(rows) == 2 and all(row["error"] > 0 and row["frechet"] > 0 for row in rows)
 
 

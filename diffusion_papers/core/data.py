@@ -201,24 +201,36 @@ _UNREAD = (".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".hif", ".j
 _HIDDEN, _OTHER = "hidden, or left behind by a system", "no picture by its ending"
 
 
+def _hidden(entry):
+    "Whether an entry of a folder was put there by a program rather than by the folder's owner."
+    return entry.name.startswith(".") or entry.name.casefold() in _LITTER
+
+
+def _no_picture(entry):
+    "Why a file is left out, None for a picture (`FileNotFoundError` for a link to nowhere)."
+    if not entry.exists(): raise FileNotFoundError(f"folder: {entry} is a link to {os.readlink(entry)}, where nothing is")
+    if not entry.is_file(): return "a pipe or a device"  # which would be waited for without an end
+    ending = entry.suffix.lower()
+    if ending in ENDINGS: return None
+    return "a kind of picture that is not read" if ending in _UNREAD else _OTHER
+
+# %% ../../nbs/core/07_data.ipynb #f6ee290b
 def find_pictures(
     folder: Path | str,  # and all folders in it
 ) -> tuple[list, dict]:  # paths in alphabetical order; what else is there, path -> why it is left out
     "Find the pictures of a folder (`FileNotFoundError` names a link to nowhere)."
     top = Path(os.path.realpath(folder))
     found, ignored, seen, folders = [], {}, {top}, [Path(folder)]
-    for place in folders:  # which grows meanwhile: what lies higher is read first, and keeps what a deeper link would take
+    for place in folders:  # which grows meanwhile
         for entry in sorted(place.iterdir()):
-            if entry.name.startswith(".") or entry.name.casefold() in _LITTER: ignored[entry] = _HIDDEN
-            elif not entry.exists(): raise FileNotFoundError(f"folder: {entry} is a link to {os.readlink(entry)}, where nothing is")
+            if _hidden(entry): ignored[entry] = _HIDDEN
             elif entry.is_dir():
                 target = Path(os.path.realpath(entry))
                 inside = entry.is_symlink() and (top in target.parents or target in top.parents)
                 if target in seen or inside: ignored[entry] = "a link to what is read already"
                 else: seen.add(target); folders.append(entry)
-            elif not entry.is_file(): ignored[entry] = "a pipe or a device"  # which would be waited for without an end
-            elif entry.suffix.lower() in ENDINGS: found.append(entry)
-            else: ignored[entry] = "a kind of picture that is not read" if entry.suffix.lower() in _UNREAD else _OTHER
+            elif reason := _no_picture(entry): ignored[entry] = reason
+            else: found.append(entry)
     filled = {place for path in found for place in path.parents}
     return sorted(found), ignored | {place: "a folder without pictures" for place in folders[1:] if place not in filled}
 

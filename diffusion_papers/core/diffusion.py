@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'BROUGHT', 'PROCESSES', 'END', 'MODELS', 'FEATURES', 'DiffusionConfig', 'build_denoiser', 'load_data',
            'data_images', 'distance_to_data', 'one_each', 'random_times', 'conditioning_image', 'reduced',
-           'training_conditions', 'diffusion_loss', 'train_denoiser', 'load_denoiser']
+           'training_conditions', 'upsampling_condition', 'sampling_conditions', 'diffusion_loss', 'train_denoiser',
+           'load_denoiser']
 
 # %% ../../nbs/core/10_diffusion.ipynb #863613eb
 import functools
@@ -25,7 +26,7 @@ from .metrics import moments_of
 from .networks import FAMILIES, MLPConfig, ResidualMLP, UNet, UNetConfig
 from .pictures import MAX_PIXELS
 from .processes import BoundedCosineVP, CosineVP, LinearVP, NoiseProcess
-from .training import TrainingConfig, fit
+from .training import TrainingConfig, fit, step_seed
 
 # %% ../../nbs/core/10_diffusion.ipynb #9eaa2908
 DATASETS = {  # name -> configuration -> map-style data set of dictionaries; topics add theirs
@@ -190,6 +191,34 @@ def training_conditions(
         low, level = reduced(x0, config.low_size), random_times(draws, x0, process)
         cond["augmentation"] = level
         cond["condition"] = conditioning_image(low, level, draws.normal(low), process, x0.shape[-1])
+    return cond
+
+# %% ../../nbs/core/10_diffusion.ipynb #e72b221b
+def upsampling_condition(
+    low: torch.Tensor,      # small images (B, C, h, w) in [-1, 1]
+    process: NoiseProcess,  # of the model
+    size: int,              # pixels of the large images
+    level: float=0.1,       # how much noise the small ones get, a time of the process in (0, 1]
+    seed: int=0,            # of that noise
+) -> dict:                  # condition (B, C, size, size) and augmentation (B,)
+    "What an up-sampler is told in sampling."
+    levels = torch.full((len(low),), level, device=low.device, dtype=low.dtype)
+    noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(step_seed(seed, 1))).to(low)
+    return {"condition": conditioning_image(low, levels, noise, process, size), "augmentation": levels}
+
+
+def sampling_conditions(
+    config: DiffusionConfig,  # says what the network must be told
+    x_T: torch.Tensor,        # starting noise: how many samples, where, in which precision (B, ...)
+    process: NoiseProcess,    # of the model
+) -> dict:                    # nothing, classes in turn, or small versions of the data
+    "Conditions for drawing from a model that cannot draw without."
+    if config.family == "mlp": return {}
+    numbers, classes = torch.arange(len(x_T)), config.unet.classes
+    cond = {"class_label": (numbers % classes).to(x_T.device)} if classes and not config.unet.null_class else {}
+    if config.low_size:
+        low = reduced(data_images(config, len(x_T)), config.low_size)
+        cond |= upsampling_condition(low[numbers % len(low)].to(x_T), process, x_T.shape[-1])
     return cond
 
 # %% ../../nbs/core/10_diffusion.ipynb #b8a1dcec

@@ -7,9 +7,10 @@ __all__ = ['FAMILIES', 'PARTS', 'FourierEmbedding', 'ResidualBlock', 'check_clas
            'unet_config', 'variance_scaling', 'group_norm', 'resample', 'ConvBlock', 'Matrix', 'Attention',
            'Downsample', 'Upsample', 'sinusoids', 'NoiseEmbedding', 'OneHotLinear', 'class_embedding', 'Level',
            'check_unet_inputs', 'UNetParts', 'UNet', 'leaves', 'modules_in_order', 'authors_keys', 'authors_tensors',
-           'load_authors_network']
+           'load_authors_network', 'FilmConfig', 'FilmBlock', 'FilmNet']
 
 # %% ../../nbs/core/05_networks.ipynb #407a95b1
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..workbench.checkpoints import CheckpointError, load_foreign, load_into, plain_names
+from ..workbench.checkpoints import CheckpointError, load_foreign, load_into, plain_names, some_of
 from ..workbench.checks import check_choice, check_fields, check_some
 from ..workbench.configs import Config
 
@@ -686,6 +687,26 @@ def _average(content, trained, plain, source):
     return dict(zip(trained, content))
 
 
+def _read_weights(checkpoint, trained, plain, source):
+    "Names and tensors of a file, and the average of those that were trained: nothing where it has none (`CheckpointError`)."
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
+    average = {}
+    if "ema" in checkpoint: average = _average(checkpoint["ema"], trained, plain, source)
+    elif "shadow_params" in checkpoint: average = _average(checkpoint, trained, plain, source)
+    return plain(state) if "model" in checkpoint or not average else average, average
+
+# %% ../../nbs/core/05_networks.ipynb #478a1bfb
+def _check_complete(state, theirs, checkpoint, plain, source):
+    "Require all of the authors' names (`CheckpointError` says what is missing, and where it is instead)."
+    missing = [name for name in theirs if name not in state]
+    if not missing: return
+    inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
+    hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
+    raise CheckpointError(f"{source}: lacks {some_of(missing)}{hint}")
+
+
 def authors_tensors(
     checkpoint: dict,               # content of the authors' file: {"model": ..., "ema": ...}, or a plain state dict
     keys: list[tuple[str, str]],    # (our name, their name), in their order
@@ -694,23 +715,13 @@ def authors_tensors(
     prefix: str="",                 # in front of their names, beside those of data parallelism and of torch.compile
 ) -> dict[str, torch.Tensor]:       # our name -> value
     "The weights of a released checkpoint under our names; the average where there is one (`CheckpointError`)."
-    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     plain = lambda state: plain_names(state, *filter(None, ("module.", prefix)), source=source)
-    state, theirs = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None, [name for _, name in keys]
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{source}: expected names and tensors, got {type(checkpoint).__name__}")
-    trained, average = [name for name in theirs if name not in frozen], {}
-    if "ema" in checkpoint: average = _average(checkpoint["ema"], trained, plain, source)
-    elif "shadow_params" in checkpoint: average = _average(checkpoint, trained, plain, source)
-    state = plain(state) if "model" in checkpoint or not average else average
-    missing = [name for name in theirs if name not in state]
-    if missing:
-        inside = [str(name) for name, part in checkpoint.items() if isinstance(part, dict) and set(theirs) <= plain(part).keys()]
-        hint = f"; they are there under {' and '.join(inside)}: save one of these as a file of its own" if inside else ""
-        raise CheckpointError(f"{source}: lacks {some(missing)}{hint}")
+    theirs = [name for _, name in keys]
+    state, average = _read_weights(checkpoint, [name for name in theirs if name not in frozen], plain, source)
+    _check_complete(state, theirs, checkpoint, plain, source)
     state = state | average
     odd = [name for name in theirs if not isinstance(state[name], torch.Tensor)]
-    if odd: raise CheckpointError(f"{source}: no tensors: {some(odd)}")
+    if odd: raise CheckpointError(f"{source}: no tensors: {some_of(odd)}")
     return {ours: state[name] for ours, name in keys}
 
 
@@ -723,3 +734,80 @@ def load_authors_network(
     frozen = {theirs for ours, theirs in authors_keys(network, family) if ours.endswith("frequencies")}
     tensors = authors_tensors(load_foreign(path), authors_keys(network, family), frozen, Path(path).name)
     return load_into(network, tensors, Path(path).name)
+
+# %% ../../nbs/core/05_networks.ipynb #59ca952f
+@dataclass(frozen=True)
+class FilmConfig(Config):
+    "A convolutional network that keeps the resolution."
+    channels: int = 1                # of an image
+    size: int = 8                    # height and width of training images, pixels
+    width: int = 40                  # channels of the feature maps, a multiple of 8
+    dilations: tuple = (1, 2, 2, 1)  # of each block's convolutions
+    patch: int = 1                   # side of the squares of pixels that become channels
+    groups: int = 8                  # of group norms; 0 leaves the norms out
+    conditioning: int = 0            # channels of an image beside the input
+    time_scale: float = 1.0          # the label is multiplied by this
+
+    def __post_init__(self):
+        check_some(self.dilations, "dilations")
+        check_fields(self, {"channels": (1, 2**20), "size": (1, 2**20), "width": (1, 2**20), "dilations": (1, 2**20), "patch": (1, 2**10),
+                            "groups": (0, 2**20), "conditioning": (0, 2**20), "time_scale": (1e-9, 1e9)})
+        if self.groups and self.width % self.groups:
+            raise ValueError(f"width: expected a multiple of the {self.groups} groups, got {self.width}; or change groups")
+        if self.width % 2: raise ValueError(f"width: expected an even number, got {self.width}")
+        if self.size % self.patch: raise ValueError(f"patch: expected a divisor of the size {self.size}, got {self.patch}")
+
+    @property
+    def shape(self): return (self.channels, self.size, self.size)
+
+
+class FilmBlock(nn.Module):
+    "A residual block whose second norm is scaled and shifted by the time."
+
+    def __init__(self, width, dilation, norm):
+        super().__init__()
+        self.norm_in, self.norm_out = norm(), norm()
+        self.conv_in, self.conv_out = (nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+                                       for _ in range(2))
+        self.film = nn.Linear(4 * width, 2 * width)
+        nn.init.zeros_(self.conv_out.weight); nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x, embedding):
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x)))) * (1 + scale) + shift
+        return x + self.conv_out(F.silu(hidden))
+
+
+class FilmNet(nn.Module):
+    "The small network: answers for images of any size."
+
+    def __init__(
+        self,
+        config: FilmConfig,  # sizes
+    ):
+        super().__init__()
+        self.config, width, area = config, config.width, config.patch**2
+        norm = functools.partial(nn.GroupNorm, config.groups, width) if config.groups else nn.Identity
+        self.embedding = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
+                                       nn.Linear(4 * width, 4 * width), nn.SiLU())
+        self.input = nn.Conv2d(area * (config.channels + config.conditioning), width, 3, padding=1)
+        self.blocks = nn.ModuleList(FilmBlock(width, dilation, norm) for dilation in config.dilations)
+        self.output_norm, self.output = norm(), nn.Conv2d(width, area * config.channels, 3, padding=1)
+        nn.init.zeros_(self.output.weight); nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,      # states (B, C, H, W)
+        label: torch.Tensor,  # time, up to about 1000 / time_scale (B,)
+        condition: torch.Tensor | None=None,  # (B, conditioning, H, W)
+    ) -> torch.Tensor:        # (B, C, H, W)
+        if (condition is None) == bool(self.config.conditioning):
+            needs = "needs an" if self.config.conditioning else "takes no"
+            raise ValueError(f"condition: this network {needs} image beside its input")
+        if x.shape[2] % self.config.patch or x.shape[3] % self.config.patch:
+            raise ValueError(f"x: expected height and width in multiples of {self.config.patch}, got {tuple(x.shape)}")
+        embedding = self.embedding(sinusoids(self.config.time_scale * label, self.config.width, cosines_first=True))
+        pixels = x if condition is None else torch.cat([x, condition], dim=1)
+        hidden = self.input(F.pixel_unshuffle(pixels, self.config.patch))
+        for block in self.blocks: hidden = block(hidden, embedding)
+        return F.pixel_shuffle(self.output(F.silu(self.output_norm(hidden))), self.config.patch)

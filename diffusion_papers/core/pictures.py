@@ -126,35 +126,54 @@ def _upright(file, called):
     return turned, noted in (5, 6, 7, 8)
 
 # %% ../../nbs/core/06_pictures.ipynb #02ed14ef
-def _decoded(picture, name, max_pixels):
-    "Read a path, an open file or an image of Pillow's (`TypeError`, `ValueError`, `FileNotFoundError`); files are closed."
-    image = require("PIL.Image", "data")
-    ours = not isinstance(picture, image.Image)
-    if ours and not isinstance(picture, (str, Path)) and not hasattr(picture, "read"):
+def _check_picture(picture, name):
+    "Require a path, an open file or an image of Pillow's (`TypeError`)."
+    kinds = str, Path, require("PIL.Image", "data").Image
+    if not isinstance(picture, kinds) and not hasattr(picture, "read"):
         raise TypeError(f"{name}: expected a path, an image of Pillow's, or a tensor; got {came(picture)}")
-    check_range(max_pixels, "max_pixels", 1)
-    called = str(picture) or "''" if isinstance(picture, (str, Path)) else "what came"
-    if isinstance(picture, (str, Path)) and os.path.exists(picture) and not os.path.isfile(picture):  # a pipe would be waited for without an end
-        raise ValueError(f"{name}: {called} cannot be read as a picture (it is {'a folder' if os.path.isdir(picture) else 'a pipe or a device'})")
-    try:
-        # by a path, Pillow maps some files into memory, and then turns some TIFFs wrongly and keeps them open
-        with open(picture, "rb") if isinstance(picture, (str, Path)) else nullcontext(picture) as stream:
-            with _pillow_limit(None): file = image.open(stream) if ours else picture
-            across, down = file.size
-            if across * down > max_pixels:
-                raise _TooLarge(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
-                                f"max_pixels={max_pixels}; raise that to read it all the same")
-            _check_decoding(file)
-            if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
-            with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
-            lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-            return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy, _inverted(file), _profile(file))
+
+
+def _check_plain_file(path, name, called):
+    "Refuse a folder, and a pipe, which would be waited for without an end (`ValueError`)."
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{name}: {called} cannot be read as a picture (it is {'a folder' if os.path.isdir(path) else 'a pipe or a device'})")
+
+
+def _check_pixels(file, name, called, max_pixels):
+    "Refuse a picture that is larger than was asked for (`ValueError`)."
+    across, down = file.size
+    if across * down > max_pixels:
+        raise _TooLarge(f"{name}: {called} has {across} x {down} = {across * down:,} pixels, above the limit of "
+                        f"max_pixels={max_pixels}; raise that to read it all the same")
+
+
+@contextmanager
+def _naming_errors(name, called):
+    "Whatever goes wrong while a picture is read, as an error that names it (`ValueError`, `FileNotFoundError`)."
+    unknown = require("PIL.Image", "data").UnidentifiedImageError
+    try: yield
     except (ImportError, MemoryError, _TooLarge): raise
-    except image.UnidentifiedImageError:
-        raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
+    except unknown: raise ValueError(f"{name}: {called} cannot be read as a picture (it has no format that Pillow knows)") from None
     except FileNotFoundError as error: raise FileNotFoundError(f"{name}: there is no {called}") from error
     except Exception as error:  # Pillow raises several kinds for damaged files
         raise ValueError(f"{name}: {called} cannot be read as a picture ({error})") from error
+
+# %% ../../nbs/core/06_pictures.ipynb #5c7b9879
+def _decoded(picture, name, max_pixels):
+    "Read a path, an open file or an image of Pillow's (`TypeError`, `ValueError`, `FileNotFoundError`); files are closed."
+    image, by_path = require("PIL.Image", "data"), isinstance(picture, (str, Path))
+    _check_picture(picture, name)
+    check_range(max_pixels, "max_pixels", 1)
+    called = str(picture) or "''" if by_path else "what came"
+    if by_path: _check_plain_file(picture, name, called)
+    with _naming_errors(name, called), open(picture, "rb") if by_path else nullcontext(picture) as stream:
+        with _pillow_limit(None): file = picture if isinstance(picture, image.Image) else image.open(stream)
+        _check_pixels(file, name, called, max_pixels)
+        _check_decoding(file)
+        if (count := _frames(file)) > 1: warnings.warn(f"{called}: of {count} pages or frames one is read, number {file.tell() + 1}")
+        with _pillow_limit(max_pixels): upright, sideways = _upright(file, called)
+        lossy = file.format in ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+        return _Decoded(upright, called, _bits(file), _resolution(file, sideways), lossy, _inverted(file), _profile(file))
 
 # %% ../../nbs/core/06_pictures.ipynb #86c17ebd
 def _deep_levels(decoded):
@@ -382,25 +401,35 @@ def _listed(values):
         f"{len(values)} values from {min(values):g} to {max(values):g}")
 
 # %% ../../nbs/core/06_pictures.ipynb #6f33d27b
+def _hole_of_two_numbers(decoded):
+    "Where the larger of two values is, in a mode with more than 8 bits (H, W): two values are two values, whatever is white."
+    image = decoded.image
+    if image.mode[0] not in "IF" or image.info.get("transparency") is not None: return None
+    values = np.asarray(image)
+    found = np.unique(values)
+    if len(found) != 2 or not (0 <= found[0] and found[1] < math.inf): return None
+    return (values == found[1]) ^ decoded.inverted
+
+
+def _hole_of_two_labels(labels, levels):
+    "Where the higher of two labels is (H, W), if their colours do not say black and white."
+    found = np.unique(labels)
+    if len(found) != 2: return None
+    colours = np.stack([levels[labels == label][0] for label in found]).astype(int)
+    return labels == found[1] if np.ptp(colours, axis=1).max() > 8 or (colours[0] == colours[1]).all() else None
+
+
 def _hole(decoded):
     "Where a picture that serves as a mask has its hole (H, W), by its opacity, labels or brightness (`ValueError`)."
-    image = decoded.image
-    labels = np.asarray(image) if image.mode == "P" else None
+    labels = np.asarray(decoded.image) if decoded.image.mode == "P" else None
     decoded = decoded._replace(profile=None)  # which red it is does not matter here
-    if image.mode[0] in "IF" and image.info.get("transparency") is None:  # two values are two values, whatever is white
-        deep = np.asarray(image)
-        if len(found := np.unique(deep)) == 2 and 0 <= found[0] and found[1] < math.inf: return (deep == found[1]) ^ decoded.inverted
+    hole = _hole_of_two_numbers(decoded)
+    if hole is not None: return hole
     levels, alpha = _levels(decoded)
     levels = _array(levels)
     if alpha is not None and not (painted := alpha > alpha.max() / 2).all(): return _hole_by_opacity(levels, alpha, painted, decoded.lossy)
-    if labels is not None and len(found := np.unique(labels)) == 2:
-        colours = np.stack([levels[labels == label][0] for label in found]).astype(int)
-        if np.ptp(colours, axis=1).max() > 8 or (colours[0] == colours[1]).all(): return labels == found[1]
-    contrast = np.ptp(levels.astype(float), axis=(0, 1)).max()  # of the channel that has most, because pure blue is dark
-    if levels.shape[2] == 1: return _hole_by_brightness(levels[..., 0], contrast, decoded.lossy)
-    hole = _hole_by_brightness(levels @ np.array([0.299, 0.587, 0.114]), contrast, decoded.lossy)
-    tint, tint_around = (np.median(np.ptp(levels[part].astype(int), axis=1)) for part in (hole, ~hole))
-    return ~hole if tint <= 16 and tint_around > 64 else hole  # a colour on white is paint on a page
+    if labels is not None: hole = _hole_of_two_labels(labels, levels)
+    return _hole_by_colour(levels, decoded.lossy) if hole is None else hole
 
 # %% ../../nbs/core/06_pictures.ipynb #d6d19a5c
 def _hole_by_opacity(levels, alpha, painted, lossy):
@@ -421,6 +450,15 @@ def _hole_by_opacity(levels, alpha, painted, lossy):
     raise ValueError(f"what is opaque has {colours} colours; paint the hole in one colour, or erase it from the photograph")
 
 # %% ../../nbs/core/06_pictures.ipynb #865c14a7
+def _hole_by_colour(levels, lossy):
+    "Where the brighter of two values is, or a colour on white (`ValueError`)."
+    contrast = np.ptp(levels.astype(float), axis=(0, 1)).max()  # of the channel that has most, because pure blue is dark
+    if levels.shape[2] == 1: return _hole_by_brightness(levels[..., 0], contrast, lossy)
+    hole = _hole_by_brightness(levels @ np.array([0.299, 0.587, 0.114]), contrast, lossy)
+    tint, tint_around = (np.median(np.ptp(levels[part].astype(int), axis=1)) for part in (hole, ~hole))
+    return ~hole if tint <= 16 and tint_around > 64 else hole  # a colour on white is paint on a page
+
+
 def _hole_by_brightness(bright, contrast, lossy):
     "Where the brighter of two values is, perhaps with soft edges between (`ValueError`)."
     values = np.unique(bright.round(3))

@@ -51,10 +51,6 @@ class NoiseProcess(ABC):
         "Log signal-to-noise ratio, ln(alpha^2 / sigma^2)."
         return -2 * torch.log(self.noise_to_signal(t))
 
-    def time_at_log_snr(self, log_snr: torch.Tensor) -> torch.Tensor:
-        "The inverse of `log_snr`."
-        return self.time_at(torch.exp(-precise(log_snr) / 2))
-
     def alpha_at(self, noise_to_signal: torch.Tensor) -> torch.Tensor:
         "alpha as a function of the noise-to-signal ratio, which is what a sampler knows: x_t = alpha_at(sigma) * x_bar."
         return self.alpha(self.time_at(noise_to_signal))

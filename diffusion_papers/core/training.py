@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'lr_factor', 'step_seed', 'Batches', 'Draws', 'update_average', 'moved', 'save_run', 'has_run',
            'read_run', 'load_run', 'free_fields', 'claim_folder', 'Objective', 'processes', 'start_accelerator',
-           'collate', 'to_device', 'check_sound', 'fit']
+           'progress_bar', 'collate', 'layout_of', 'to_device', 'Pieces', 'checkpoint_due', 'check_sound', 'Report',
+           'fit']
 
 # %% ../../nbs/core/08_training.ipynb #5781235b
 import copy
@@ -213,6 +214,36 @@ def read_run(
         raise CheckpointError(f"{error}; {way}") from error
 
 # %% ../../nbs/core/08_training.ipynb #fced8d3b
+def _steps_taken(path, about, config):
+    "How far a run has come, if its description is that of this configuration (`CheckpointError`)."
+    if about.get("kind") != "training run":
+        raise CheckpointError(f"{path}: expected a training run, got {about.get('kind', 'something else')}")
+    try: before, step = type(config).from_dict(about["config"]).to_dict(), int(about["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description is not that of a run ({error})") from error
+    if step > config.steps: raise CheckpointError(f"{path}: the run has taken {step} steps already, more than {config.steps}")
+    changed = differences(before, config.to_dict(), config.free())
+    if changed: raise CheckpointError(f"{path}: the run has another configuration: {', '.join(changed)}")
+    return step
+
+# %% ../../nbs/core/08_training.ipynb #65da39fa
+def _moments(tensors, about, model, optimizer, source):
+    "Adam's state by the number of the parameter, if it is that of this model (`CheckpointError`)."
+    names, state = moved(model, optimizer), {}
+    if (told := about.get("parameters", names)) != names:
+        others = ", ".join(sorted({*told} ^ {*names})) or "the same ones in another order"
+        raise CheckpointError(f"{source}: its optimizer moved other parameters than this one does: {others}")
+    for name, value in tensors.items():
+        index, kind = name.split(".", 1)
+        state.setdefault(index, {})[kind] = value
+    expected = {str(index): {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
+                for index, (name, p) in enumerate(zip(names, optimizer.param_groups[0]["params"])) if name not in about.get("waiting", ())}
+    sound = lambda value: value.is_floating_point() and torch.isfinite(value).all()
+    found = {index: {kind: value.shape for kind, value in moments.items() if sound(value)} for index, moments in state.items()}
+    if found != expected: raise CheckpointError(f"{source}: its optimizer's moments are not those of this model")
+    return {int(index): moments for index, moments in state.items()}
+
+# %% ../../nbs/core/08_training.ipynb #ebf3ff07
 def load_run(
     path: Path,                        # the run's file
     model: nn.Module,                  # receives the weights
@@ -222,36 +253,17 @@ def load_run(
 ) -> tuple:                            # steps taken, state of the loss's scale
     "Restore a run; nothing is changed unless all of it fits (`CheckpointError`)."
     tensors, about = read_run(path)
-    if about.get("kind") != "training run":
-        raise CheckpointError(f"{path}: expected a training run, got {about.get('kind', 'something else')}")
-    try: before, step = type(config).from_dict(about["config"]).to_dict(), int(about["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its description is not that of a run ({error})") from error
-    if step > config.steps: raise CheckpointError(f"{path}: the run has taken {step} steps already, more than {config.steps}")
-    changed = differences(before, config.to_dict(), config.free())
-    if changed: raise CheckpointError(f"{path}: the run has another configuration: {', '.join(changed)}")
+    step = _steps_taken(path, about, config)
     under = lambda prefix: {name.removeprefix(prefix): value
                             for name, value in tensors.items() if name.startswith(prefix)}
     odd = [name for name in tensors if not name.startswith(("model.", "average.", "optimizer."))]
     if odd: raise CheckpointError(f"{path.name}: has {odd[0]}, which is no part of a run")
     check_fits(model, under("model."), f"{path.name}, model")
     check_fits(average, under("average."), f"{path.name}, average")
-    names, state = moved(model, optimizer), {}
-    if (told := about.get("parameters", names)) != names:
-        others = ", ".join(sorted({*told} ^ {*names})) or "the same ones in another order"
-        raise CheckpointError(f"{path.name}: its optimizer moved other parameters than this one does: {others}")
-    for name, value in under("optimizer.").items():
-        index, kind = name.split(".", 1)
-        state.setdefault(index, {})[kind] = value
-    expected = {str(index): {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
-                for index, (name, p) in enumerate(zip(names, optimizer.param_groups[0]["params"])) if name not in about.get("waiting", ())}
-    sound = lambda value: value.is_floating_point() and torch.isfinite(value).all()
-    found = {index: {kind: value.shape for kind, value in moments.items() if sound(value)} for index, moments in state.items()}
-    if found != expected: raise CheckpointError(f"{path.name}: its optimizer's moments are not those of this model")
+    moments = _moments(under("optimizer."), about, model, optimizer, path.name)
     load_into(model, under("model."), f"{path.name}, model")
     load_into(average, under("average."), f"{path.name}, average")
-    optimizer.load_state_dict({"state": {int(index): moments for index, moments in state.items()},
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return step, about.get("scale", {})
 
 # %% ../../nbs/core/08_training.ipynb #d700ab7e
@@ -322,9 +334,23 @@ def start_accelerator(
     return accelerate.Accelerator(cpu=check_device(device) == "cpu", mixed_precision=precision)
 
 
+def progress_bar(
+    ours,          # the processes, as `processes` or `start_accelerator` returns them
+    *steps,        # what is gone through, if it is a loop
+    **options,     # handed to tqdm: total, unit, desc, ...
+):                 # tqdm's bar
+    "A bar that the first process shows, and the others do not; TQDM_DISABLE hides that, too."
+    return require("tqdm", "train").tqdm(*steps, **options, **({} if ours.is_main_process else {"disable": True}))
+
+# %% ../../nbs/core/08_training.ipynb #47432dad
 def collate(samples):
     "A batch of dictionaries; a data set with `__getitems__` has made one already."
     return samples if isinstance(samples, dict) else default_collate(samples)
+
+
+def layout_of(config):
+    "How images and convolutions lie in memory."
+    return torch.channels_last if config.channels_last else torch.preserve_format
 
 
 def to_device(batch, device, layout):
@@ -333,20 +359,143 @@ def to_device(batch, device, layout):
                            memory_format=layout if value.ndim == 4 else torch.preserve_format)
             for name, value in batch.items()}
 
-# %% ../../nbs/core/08_training.ipynb #47432dad
+
+class Pieces:
+    "The pieces of each batch that this process computes."
+
+    def __init__(
+        self,
+        accelerator,            # which processes there are
+        data: Dataset,          # map-style
+        config: TrainingConfig, # batch size, pieces, seed
+        first: int=0,           # step to start at
+        workers: int=0,         # processes that read data
+    ):
+        self.accelerator, self.config, self.device = accelerator, config, accelerator.device
+        each, rank = config.accumulate, accelerator.process_index
+        self.count, self.mine = accelerator.num_processes * each, range(rank * each, (rank + 1) * each)
+        self.loader = iter(DataLoader(data, batch_sampler=Batches(len(data), config, first, self.count, self.mine), num_workers=workers,
+                                      collate_fn=collate, pin_memory=self.device.type == "cuda",
+                                      generator=torch.Generator().manual_seed(config.seed)))  # of the workers' own seeds
+
+    def of(
+        self,
+        step: int,             # must be asked for one after another
+        objective: nn.Module,  # whose gradients are averaged over processes
+    ):                         # batch, `Draws`, and what it must be computed within, which keeps processes silent before the last piece
+        "The pieces of one step."
+        for piece in self.mine:
+            torch.manual_seed(step_seed(self.config.seed, 1, step, piece))  # dropout
+            draws = Draws(torch.Generator(self.device).manual_seed(step_seed(self.config.seed, 2, step)), self.count, piece)
+            batch = to_device(next(self.loader), self.device, layout_of(self.config))
+            yield batch, draws, nullcontext() if piece == self.mine[-1] else self.accelerator.no_sync(objective)
+
+# %% ../../nbs/core/08_training.ipynb #1c65bddd
+def checkpoint_due(
+    config: TrainingConfig,  # how often, and how many steps in all
+    taken: int,              # steps taken
+) -> bool:
+    "Whether a checkpoint is written after so many steps; after the last one it always is."
+    return taken % config.checkpoint_every == 0 or taken == config.steps
+
+
 def check_sound(
     loss: float,       # mean since the last check
     model: nn.Module,  # in training
     first: int,        # step after the last check
     last: int,         # step just taken
 ):
-    "Require a finite loss and finite weights (`FloatingPointError`): a run that broke must not be kept, nor go on."
+    "Require a finite loss and finite weights (`FloatingPointError`)."
     kept = "the last checkpoint, if any, was written before"
     if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss} between steps {first} and {last}; {kept}")
     broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if broken: raise FloatingPointError(f"{broken[0]} is not finite after step {last}, though the loss was; {kept}")
 
-# %% ../../nbs/core/08_training.ipynb #1c65bddd
+# %% ../../nbs/core/08_training.ipynb #530f1c17
+class Report:
+    "The mean loss since the last report, over all processes, and the bar that shows it."
+
+    def __init__(
+        self,
+        accelerator,             # which processes there are
+        model: nn.Module,        # in training
+        config: TrainingConfig,  # steps in all, and between checkpoints
+        first: int,              # steps taken already
+        callback: Callable | None, # called with (step, mean loss)
+        title: str,              # of the bar
+    ):
+        self.accelerator, self.model, self.config, self.callback = accelerator, model, config, callback
+        self.total, self.counted = torch.zeros((), device=accelerator.device), 0
+        self.bar = progress_bar(accelerator, total=config.steps, initial=first, unit="step", desc=title)
+
+    def step(
+        self,
+        taken: int,  # steps
+    ):
+        "Count a step; where a report is due, tell the mean of what was added to `total` (`FloatingPointError` where the run is broken)."
+        self.counted += 1; self.bar.update()
+        if taken % max(1, self.config.steps // 100) and not checkpoint_due(self.config, taken): return
+        mean = self.accelerator.reduce(self.total, "mean").item() / self.counted
+        check_sound(mean, self.model, taken + 1 - self.counted, taken)
+        rate = (self.bar.format_dict["rate"] or 0) * self.config.batch_size
+        self.bar.set_postfix_str(f"loss {mean:.4g}, {rate:,.0f} samples/s")
+        if self.callback: self.callback(taken, mean)
+        self.total.zero_(); self.counted = 0
+
+# %% ../../nbs/core/08_training.ipynb #230bf651
+@contextmanager
+def _run_file(folder, accelerator):
+    "The file of a run, whose folder nobody else can take meanwhile; None keeps nothing."
+    path = Path(folder) / "run.safetensors" if folder else None
+    with locked(path.with_name("run.lock"), f"folder: {folder}") if path and accelerator.is_main_process else nullcontext():
+        if path and accelerator.is_main_process:
+            for left in path.parent.glob("run.*.tmp"): left.unlink()  # of a process that was killed while it wrote
+        yield path
+
+
+def _begin(accelerator, model, config, path, resume):
+    "The average of the weights, the optimizer, and the steps taken: none, or those of the run that is resumed."
+    model.to(accelerator.device, memory_format=layout_of(config)).train()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=config.lr, weight_decay=config.weight_decay)
+    if not (path and (path.is_file() or former_place(path).is_file())): return average, optimizer, 0
+    if not resume: raise ValueError(f"folder: {path.parent} holds a run already; resume it, or choose another folder")
+    step, scale = load_run(path, model, average, optimizer, config)
+    if accelerator.scaler and scale: accelerator.scaler.load_state_dict(scale)
+    return average, optimizer, step
+
+
+def _keep(path, accelerator, model, average, optimizer, config, taken):
+    "Write a checkpoint, where one is due."
+    if not (path and accelerator.is_main_process and checkpoint_due(config, taken)): return
+    save_run(path, model, average, optimizer, config, taken, accelerator.scaler.state_dict() if accelerator.scaler else {})
+
+# %% ../../nbs/core/08_training.ipynb #dc474466
+def _fit(accelerator, model, loss, data, config, path, resume, workers, callback, title):
+    "The loop of `fit`, in a folder that is its own."
+    average, optimizer, first = _begin(accelerator, model, config, path, resume)
+    if config.compile: model.compile()
+    objective, optimizer = accelerator.prepare(Objective(model, loss), optimizer)
+    pieces = Pieces(accelerator, data, config, first, workers)
+    report = Report(accelerator, model, config, first, callback, title)
+    with report.bar, torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        for step in range(first, config.steps):
+            for group in optimizer.param_groups: group["lr"] = config.lr * lr_factor(config, step)
+            for batch, draws, silence in pieces.of(step, objective):
+                with silence:
+                    value = objective(batch, draws) / config.accumulate
+                    accelerator.backward(value)
+                report.total += value.detach()
+            accelerator.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step(); optimizer.zero_grad()
+            update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
+            report.step(step + 1)
+            _keep(path, accelerator, model, average, optimizer, config, step + 1)
+    accelerator.wait_for_everyone()
+    return average
+
+# %% ../../nbs/core/08_training.ipynb #812f76fe
 def fit(
     model: nn.Module,             # trained in place
     loss: Callable,               # (model, batch, draws: Draws) -> one value a sample (B,)
@@ -367,64 +516,5 @@ def fit(
         raise ValueError(f"batch_size: expected a multiple of {pieces} (processes times accumulate), got {config.batch_size}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: expected a parameter to train, got none that requires a gradient (an average of `fit` is frozen)")
-    path = Path(folder) / "run.safetensors" if folder else None
-    with locked(path.with_name("run.lock"), f"folder: {folder}") if path and accelerator.is_main_process else nullcontext():
-        if path and accelerator.is_main_process:
-            for left in path.parent.glob("run.*.tmp"): left.unlink()  # of a process that was killed while it wrote
+    with _run_file(folder, accelerator) as path:
         return _fit(accelerator, model, loss, data, config, path, resume, workers, callback, title)
-
-
-def _fit(accelerator, model, loss, data, config, path, resume, workers, callback, title):
-    "The loop of `fit`, in a folder that is its own."
-    pieces = accelerator.num_processes * config.accumulate
-    mine = range(accelerator.process_index * config.accumulate, (accelerator.process_index + 1) * config.accumulate)
-
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
-    model.to(accelerator.device, memory_format=layout).train()
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=config.lr, weight_decay=config.weight_decay)
-    first = 0
-    if path and (path.is_file() or former_place(path).is_file()):
-        if not resume:
-            raise ValueError(f"folder: {path.parent} holds a run already; resume it, or choose another folder")
-        first, scale = load_run(path, model, average, optimizer, config)
-        if accelerator.scaler and scale: accelerator.scaler.load_state_dict(scale)
-
-    if config.compile: model.compile()
-    objective, optimizer = accelerator.prepare(Objective(model, loss), optimizer)
-    loader = iter(DataLoader(data, batch_sampler=Batches(len(data), config, first, pieces, mine), num_workers=workers,
-                             collate_fn=collate, pin_memory=accelerator.device.type == "cuda",
-                             generator=torch.Generator().manual_seed(config.seed)))  # of the workers' own seeds
-    report_every = max(1, config.steps // 100)
-    total, counted = torch.zeros((), device=accelerator.device), 0
-    bar = require("tqdm", "train").tqdm(total=config.steps, initial=first, unit="step", desc=title,
-                                        **({} if accelerator.is_main_process else {"disable": True}))
-    with bar, torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
-        for step in range(first, config.steps):
-            for group in optimizer.param_groups: group["lr"] = config.lr * lr_factor(config, step)
-            for piece in mine:
-                torch.manual_seed(step_seed(config.seed, 1, step, piece))  # dropout
-                draws = Draws(torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, 2, step)), pieces, piece)
-                batch = to_device(next(loader), accelerator.device, layout)
-                with nullcontext() if piece == mine[-1] else accelerator.no_sync(objective):  # processes talk once a step
-                    value = objective(batch, draws) / config.accumulate
-                    accelerator.backward(value)
-                total += value.detach()
-            accelerator.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step(); optimizer.zero_grad()
-            update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
-            counted += 1; bar.update()
-            if (step + 1) % report_every and (step + 1) % config.checkpoint_every and step + 1 < config.steps: continue
-            mean = accelerator.reduce(total, "mean").item() / counted
-            check_sound(mean, model, step + 2 - counted, step + 1)
-            rate = (bar.format_dict["rate"] or 0) * config.batch_size
-            bar.set_postfix_str(f"loss {mean:.4g}, {rate:,.0f} samples/s")
-            if callback: callback(step + 1, mean)
-            total.zero_(); counted = 0
-            if (path and accelerator.is_main_process
-                    and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps)):
-                save_run(path, model, average, optimizer, config, step + 1,
-                         accelerator.scaler.state_dict() if accelerator.scaler else {})
-    accelerator.wait_for_everyone()
-    return average

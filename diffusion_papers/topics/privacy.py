@@ -20,7 +20,7 @@ import secrets
 import textwrap
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..workbench.checkpoints import digest
 from ..workbench.checks import check_choice, check_range, require
-from ..workbench.configs import Config
+from ..workbench.configs import Config, differences
 from ..workbench.files import locked, whole_file
 
 # %% ../../nbs/topics/03_privacy.ipynb #88efd3ff
@@ -258,10 +258,6 @@ class Mechanism(Config):
                              "who declares fewer promises a delta that is too large for so many")
 
 # %% ../../nbs/topics/03_privacy.ipynb #85cfc661
-class PrivacyBudgetExceeded(RuntimeError):
-    "The planned steps are spent; the step that was asked for must not be taken."
-
-
 def _read_ledger(path):
     "Mechanism (plain data) and steps of a file (`ValueError`)."
     try:
@@ -283,62 +279,19 @@ def _write_ledger(path, mechanism, taken):
         text = json.dumps(content | {"digest": digest({}, content)}, indent=1, sort_keys=True)
         unfinished.write_text(text + "\n", encoding="utf-8")
 
+
+def _check_one_name(path):
+    "Require a place that one name leads to (`ValueError`)."
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"path: {path} is a link to a ledger that is not there; a new one would begin at no steps")
+    if path.exists() and path.stat().st_nlink > 1:
+        raise ValueError(f"path: {path} has another name (a hard link), under which its payments would not be seen; a ledger has one name")
+
 # %% ../../nbs/topics/03_privacy.ipynb #7b5d216f
-class Ledger:
-    "The steps that a run has paid for, in a file that only its owner can read, and that one run at a time can write."
+class _Account:
+    "A mechanism, and how many of its steps are paid."
 
-    def __init__(
-        self,
-        path: Path,            # of the file
-        mechanism: Mechanism,  # what one step is, and how many are planned
-        taken: int,            # steps paid for
-        lock=None,             # an open file, as `locked` returns it; None is a ledger that can be read alone
-    ):
-        self.path, self.mechanism, self.taken = path, mechanism, taken
-        self._lock, self._process, self._paying = lock, os.getpid(), threading.Lock()
-
-    @classmethod
-    def open(
-        cls,
-        path: Path | str,      # of the file; where there is none, a new ledger begins
-        mechanism: Mechanism,  # must be the one of the file
-        at_least: int=0,       # steps that the run has taken for certain, for instance those of its checkpoint
-    ) -> "Ledger":
-        "Begin a ledger, or go on with one (`ValueError` names what does not fit, `RuntimeError` the run that has it)."
-        path, mechanism = Path(path).absolute(), Mechanism.from_dict(mechanism.to_dict())  # as it will be read again
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"path: {path} is a link to a ledger that is not there; a new one would begin at no steps")
-        if path.exists() and path.stat().st_nlink > 1:
-            raise ValueError(f"path: {path} has another name (a hard link), under which its payments would not be seen; a ledger has one name")
-        lock = locked(os.path.realpath(path) + ".lock", f"path: the ledger {path}")
-        try:
-            before, taken = _read_ledger(path) if path.exists() else (mechanism.to_dict(), 0)
-            now = mechanism.to_dict()
-            changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-                       for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-            if changed: raise ValueError(f"mechanism: the ledger {path} is of another one: {', '.join(changed)}")
-            ledger = cls(path, mechanism, taken, lock)
-            ledger.check_covers(at_least)
-            if not path.exists(): _write_ledger(path, mechanism, taken)
-            return ledger
-        except BaseException:
-            lock.close()
-            raise
-
-    @classmethod
-    def read(
-        cls,
-        path: Path | str,  # of the file, or of a run's folder that holds it as ledger.json
-    ) -> "Ledger":         # that nothing can be paid into
-        "Look at a ledger, also while a run has it (`ValueError` where there is none, or a damaged one)."
-        path = Path(path)
-        if path.is_dir(): path = path / "ledger.json"
-        if not path.is_file(): raise ValueError(f"path: there is no ledger {path}")
-        plain, taken = _read_ledger(path)
-        try: mechanism = Mechanism.from_dict(plain)
-        except (ValueError, TypeError) as error: raise ValueError(f"path: {path} is damaged, or no ledger ({error})") from error
-        if taken > mechanism.steps: raise ValueError(f"path: {path} is damaged: {taken} of {mechanism.steps} steps are spent")
-        return cls(path, mechanism, taken)
+    def __init__(self, path, mechanism, taken): self.path, self.mechanism, self.taken = path, mechanism, taken
 
     def check_covers(
         self,
@@ -348,6 +301,36 @@ class Ledger:
         if not steps <= self.taken <= self.mechanism.steps:
             raise ValueError(f"at_least: the run has taken {steps} of {self.mechanism.steps} steps, "
                              f"but the ledger {self.path} knows of {self.taken}")
+
+    def spent(self) -> float:  # an upper bound of epsilon at the mechanism's delta
+        "What the steps on the ledger cost."
+        return self.mechanism.epsilon(self.taken)
+
+    def statement(self) -> str:
+        "What must be told along with the model."
+        plan = self.mechanism
+        told = (f"({self.spent():.2f}, {plan.delta:g})-differential privacy for adding or removing one of "
+                f"{plan.examples} examples, by {plan.accountant}: {self.taken} of {plan.steps} steps with noise "
+                f"multiplier {plan.noise_multiplier:g} on Poisson samples, q = {plan.q:g}")
+        return told if plan.randomness == "secret" else f"no privacy: the noise is public; were it secret, {told}"
+
+# %% ../../nbs/topics/03_privacy.ipynb #ff8a9cf7
+class PrivacyBudgetExceeded(RuntimeError):
+    "The planned steps are spent; the step that was asked for must not be taken."
+
+
+class _Payments(_Account):
+    "An account that can be paid into, as long as its lock is held."
+
+    def __init__(
+        self,
+        path: Path,            # of the file
+        mechanism: Mechanism,  # what one step is, and how many are planned
+        taken: int,            # steps paid for
+        lock=None,             # an open file, as `locked` returns it; None is a ledger that can be read alone
+    ):
+        super().__init__(path, mechanism, taken)
+        self._lock, self._process, self._paying = lock, os.getpid(), threading.Lock()
 
     def _check_held(self):
         "Require that this process, and no other, may write (`RuntimeError`)."
@@ -376,6 +359,48 @@ class Ledger:
             _write_ledger(self.path, self.mechanism, self.taken + int(steps))
             self.taken += int(steps)
 
+# %% ../../nbs/topics/03_privacy.ipynb #49e09a64
+class Ledger(_Payments):
+    "The steps that a run has paid for, in a file that only its owner can read, and that one run at a time can write."
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,      # of the file; where there is none, a new ledger begins
+        mechanism: Mechanism,  # must be the one of the file
+        at_least: int=0,       # steps that the run has taken for certain, for instance those of its checkpoint
+    ) -> "Ledger":
+        "Begin a ledger, or go on with one (`ValueError` names what does not fit, `RuntimeError` the run that has it)."
+        path, mechanism = Path(path).absolute(), Mechanism.from_dict(mechanism.to_dict())  # as it will be read again
+        _check_one_name(path)
+        lock = locked(os.path.realpath(path) + ".lock", f"path: the ledger {path}")
+        try:
+            before, taken = _read_ledger(path) if path.exists() else (mechanism.to_dict(), 0)
+            changed = differences(before, mechanism.to_dict())
+            if changed: raise ValueError(f"mechanism: the ledger {path} is of another one: {', '.join(changed)}")
+            ledger = cls(path, mechanism, taken, lock)
+            ledger.check_covers(at_least)
+            if not path.exists(): _write_ledger(path, mechanism, taken)
+            return ledger
+        except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def read(
+        cls,
+        path: Path | str,  # of the file, or of a run's folder that holds it as ledger.json
+    ) -> "Ledger":         # that nothing can be paid into
+        "Look at a ledger, also while a run has it (`ValueError` where there is none, or a damaged one)."
+        path = Path(path)
+        if path.is_dir(): path = path / "ledger.json"
+        if not path.is_file(): raise ValueError(f"path: there is no ledger {path}")
+        plain, taken = _read_ledger(path)
+        try: mechanism = Mechanism.from_dict(plain)
+        except (ValueError, TypeError) as error: raise ValueError(f"path: {path} is damaged, or no ledger ({error})") from error
+        if taken > mechanism.steps: raise ValueError(f"path: {path} is damaged: {taken} of {mechanism.steps} steps are spent")
+        return cls(path, mechanism, taken)
+
     def close(self):
         "Let another run have the ledger; what was spent can be asked as before."
         if self._lock: self._lock.close()
@@ -384,19 +409,32 @@ class Ledger:
     def __exit__(self, *error): self.close()
     def __del__(self): self.close()
 
-    def spent(self) -> float:  # an upper bound of epsilon at the mechanism's delta
-        "What the steps on the ledger cost."
-        return self.mechanism.epsilon(self.taken)
-
-    def statement(self) -> str:
-        "What must be told along with the model."
-        plan = self.mechanism
-        told = (f"({self.spent():.2f}, {plan.delta:g})-differential privacy for adding or removing one of "
-                f"{plan.examples} examples, by {plan.accountant}: {self.taken} of {plan.steps} steps with noise "
-                f"multiplier {plan.noise_multiplier:g} on Poisson samples, q = {plan.q:g}")
-        return told if plan.randomness == "secret" else f"no privacy: the noise is public; were it secret, {told}"
-
 # %% ../../nbs/topics/03_privacy.ipynb #7b0c2427
+def _composed_total(ledgers, delta, accountant):
+    "Epsilon of all ledgers as one composition: divergences add up, and are converted once."
+    releases = Counter()
+    for ledger in ledgers: releases[ledger.mechanism.q, ledger.mechanism.noise_multiplier] += ledger.taken
+    return _composed(releases, delta, accountant)
+
+
+def _sum_of_prices(ledgers, delta, accountant):
+    "Epsilon of all ledgers as the sum of their prices, each at its share of delta."
+    plans = [(ledger.mechanism, ledger.taken) for ledger in ledgers]
+    return sum(epsilon_spent(plan.q, plan.noise_multiplier, taken, delta / len(ledgers), accountant) for plan, taken in plans)
+
+# %% ../../nbs/topics/03_privacy.ipynb #b1410b02
+def _doubts(ledgers, delta):
+    "Why the total of these ledgers may not be the answer to the question."
+    sizes = sorted({ledger.mechanism.examples for ledger in ledgers})
+    if len(sizes) > 1:
+        yield (f"ledgers: they are of {' and of '.join(map(str, sizes))} examples, so perhaps of different data; "
+               "the total is for somebody who is in all of them")
+    if delta * sizes[-1] >= 1: yield f"delta: expected less than 1/N = {1 / sizes[-1]:.3g}, got {delta}"
+    if public := [str(ledger.path) for ledger in ledgers if ledger.mechanism.randomness == "public"]:
+        yield (f"ledgers: the noise of {', '.join(public)} is public, so the guarantee is void; "
+               "the total is what secret noise would have cost")
+
+
 def total_spent(
     ledgers,                  # of all releases from the same data: `Ledger`s, or paths that `Ledger.read` takes
     delta: float | None=None, # of all of them together, in (0, 1); None is the smallest of the ledgers'
@@ -407,20 +445,10 @@ def total_spent(
     plans = [ledger.mechanism for ledger in ledgers]
     delta = min(plan.delta for plan in plans) if delta is None else delta
     _check_delta(delta)
-    sizes = sorted({plan.examples for plan in plans})
-    if len(sizes) > 1:
-        warnings.warn(f"ledgers: they are of {' and of '.join(map(str, sizes))} examples, so perhaps of different data; "
-                      "the total is for somebody who is in all of them", stacklevel=2)
-    if delta * sizes[-1] >= 1: warnings.warn(f"delta: expected less than 1/N = {1 / sizes[-1]:.3g}, got {delta}", stacklevel=2)
-    if public := [str(ledger.path) for ledger in ledgers if ledger.mechanism.randomness == "public"]:
-        warnings.warn(f"ledgers: the noise of {', '.join(public)} is public, so the guarantee is void; "
-                      "the total is what secret noise would have cost", stacklevel=2)
+    for doubt in _doubts(ledgers, delta): warnings.warn(doubt, stacklevel=2)
     accountant = "prv" if any(plan.accountant == "prv" for plan in plans) else "rdp_wide"
-    releases = {(plan.q, plan.noise_multiplier): 0 for plan in plans}
-    for ledger, plan in zip(ledgers, plans): releases[plan.q, plan.noise_multiplier] += ledger.taken
-    apart = sum(epsilon_spent(plan.q, plan.noise_multiplier, ledger.taken, delta / len(ledgers), accountant)
-                for ledger, plan in zip(ledgers, plans))
-    return min(_composed(releases, delta, accountant), apart)
+    apart = _sum_of_prices(ledgers, delta, accountant)
+    return min(_composed_total(ledgers, delta, accountant), apart)
 
 # %% ../../nbs/topics/03_privacy.ipynb #6f7bb9ed
 def poisson_batch(
@@ -479,26 +507,40 @@ def _methods(kind):
         found |= {node.name: node for node in tree.body[0].body if isinstance(node, ast.FunctionDef) and node.args.args}
     return found
 
-
+# %% ../../nbs/topics/03_privacy.ipynb #1a2323ad
 _GROWS = ("append", "appendleft", "extend", "insert", "add", "update", "setdefault")  # methods of lists, sets and dictionaries
+
+
+def _targets(node):
+    "The expressions that an assignment writes to. A bare name is none, unless what it stands for is changed in place (+=)."
+    if isinstance(node, ast.AugAssign): return [node.target]
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)): return []
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    inner = [part for target in targets for part in getattr(target, "elts", [target])]
+    return [target for target in inner if not isinstance(target, ast.Name)]
+
+
+def _calls_of_methods(method):
+    "The functions of calls like x.name(...), as expressions."
+    return [node.func for node in ast.walk(method) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
 
 
 def _writes(part, method, other_names):
     "The fields of a module that one of its methods writes."
-    own, written = method.args.args[0].arg, set()
-    field = lambda node: _field(node, own, other_names)
-    for node in ast.walk(method):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            inner = [part for target in targets for part in getattr(target, "elts", [target])]
-            written |= {field(target) for target in inner if isinstance(node, ast.AugAssign) or not isinstance(target, ast.Name)}
-        if not isinstance(node, ast.Call): continue
-        written |= {field(word.value) for word in node.keywords if word.arg == "out"}
-        if isinstance(node.func, ast.Attribute):
-            name = field(node.func.value)
-            if node.func.attr.endswith("_") or node.func.attr in _GROWS and isinstance(getattr(part, name or "", None), (list, set, dict, deque)):
-                written.add(name)
-    return written
+    field = lambda node: _field(node, method.args.args[0].arg, other_names)
+    grows = lambda node: isinstance(getattr(part, field(node) or "", None), (list, set, dict, deque))
+    written = [target for node in ast.walk(method) for target in _targets(node)]
+    written += [word.value for node in ast.walk(method) if isinstance(node, ast.Call) for word in node.keywords if word.arg == "out"]
+    written += [called.value for called in _calls_of_methods(method)
+                if called.attr.endswith("_") or called.attr in _GROWS and grows(called.value)]
+    return {field(node) for node in written}
+
+# %% ../../nbs/topics/03_privacy.ipynb #388775d2
+def _other_names(method):
+    "Local names of a method that stand for a field of its module: name -> field; those that are given once."
+    given = Counter(node.id for node in ast.walk(method) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return {node.targets[0].id: _field(node.value, method.args.args[0].arg, {}) for node in ast.walk(method)
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and given[node.targets[0].id] == 1}
 
 
 def _written(part):
@@ -507,13 +549,8 @@ def _written(part):
     while ahead:
         method = methods.pop(ahead.pop(), None)
         if method is None: continue
-        stored = [node for node in ast.walk(method) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-        once = {node.id for node in stored if sum(node.id == other.id for other in stored) == 1}
-        other_names = {node.targets[0].id: _field(node.value, method.args.args[0].arg, {}) for node in ast.walk(method)
-                       if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in once}
-        written |= _writes(part, method, other_names)
-        ahead += [node.func.attr for node in ast.walk(method)  # perhaps another method of this module
-                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+        written |= _writes(part, method, _other_names(method))
+        ahead += [called.attr for called in _calls_of_methods(method)]  # perhaps another method of this module
     return sorted(written - {None} - part._modules.keys())
 
 # %% ../../nbs/topics/03_privacy.ipynb #9bcac9cc

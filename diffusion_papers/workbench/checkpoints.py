@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['digest', 'write_tensors', 'save_checkpoint', 'CheckpointError', 'plain_names', 'load_checkpoint', 'load_foreign',
-           'check_fits', 'load_into', 'data_folder', 'pretrained_path', 'model_files']
+           'some_of', 'check_fits', 'load_into', 'data_folder', 'pretrained_path', 'model_files']
 
 # %% ../../nbs/workbench/05_checkpoints.ipynb #d5874998
 import hashlib
@@ -148,28 +148,12 @@ def load_foreign(
         raise CheckpointError(f"{path.name}: refused: {why}") from error
 
 # %% ../../nbs/workbench/05_checkpoints.ipynb #d715b103
-def check_fits(
-    model: nn.Module,                  # what they are for
-    tensors: dict[str, torch.Tensor],  # name -> value
-    source: str="checkpoint",          # what the error message calls the tensors
-) -> dict[str, torch.Tensor]:          # the same, under the names that the model has now
-    "Require exactly the names, shapes and kinds of a model's state, and finite values (`CheckpointError` names up to five that are not)."
-    state, tensors = plain_names(model.state_dict(), source=source), plain_names(tensors, source=source)
-    some = lambda names: ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    missing, unexpected = state.keys() - tensors.keys(), tensors.keys() - state.keys()
-    if missing: raise CheckpointError(f"{source}: lacks {some(missing)}, which {type(model).__name__} has")
-    if unexpected: raise CheckpointError(f"{source}: has {some(unexpected)}, which {type(model).__name__} has not")
-    wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}"
-             for name in state if tensors[name].shape != state[name].shape]
-    if wrong: raise CheckpointError(f"{source}: wrong shapes: {some(wrong)}")
-    wrong = [f"{name} {tensors[name].dtype} instead of {state[name].dtype}" for name in state
-             if tensors[name].is_floating_point() != state[name].is_floating_point() or tensors[name].is_complex()]
-    if wrong: raise CheckpointError(f"{source}: wrong kinds of numbers: {some(wrong)}")
-    wrong = [name for name in state if not torch.isfinite(tensors[name]).all()]
-    if wrong: raise CheckpointError(f"{source}: values that are not finite: {some(wrong)}")
-    wrong = [f"{name} and {other}" for name, other in _ties(model) if not torch.equal(tensors[name], tensors[other])]
-    if wrong: raise CheckpointError(f"{source}: values differ that {type(model).__name__} shares: {some(wrong)}")
-    return dict(zip(model.state_dict(), (tensors[name] for name in state)))
+def some_of(
+    names,    # texts, one or more
+) -> str:
+    "Up to five names for an error message, and how many more there are."
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _ties(model):
@@ -178,6 +162,33 @@ def _ties(model):
     for name, value in plain_names(model.state_dict(keep_vars=True)).items():
         other = first.setdefault(id(value), name)
         if other != name: yield name, other
+
+
+def _misfits(model, state, tensors):
+    "Kind after kind of what can be wrong with tensors for a model: the error's words, and what they are about."
+    whose = type(model).__name__
+    yield f"lacks {{}}, which {whose} has", state.keys() - tensors.keys()
+    yield f"has {{}}, which {whose} has not", tensors.keys() - state.keys()
+    pairs = [(name, tensors[name], value) for name, value in state.items()]
+    yield "wrong shapes: {}", [f"{name} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+                               for name, theirs, ours in pairs if theirs.shape != ours.shape]
+    yield "wrong kinds of numbers: {}", [f"{name} {theirs.dtype} instead of {ours.dtype}" for name, theirs, ours in pairs
+                                         if theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex()]
+    yield "values that are not finite: {}", [name for name, theirs, _ in pairs if not torch.isfinite(theirs).all()]
+    yield f"values differ that {whose} shares: {{}}", [f"{name} and {other}" for name, other in _ties(model)
+                                                       if not torch.equal(tensors[name], tensors[other])]
+
+# %% ../../nbs/workbench/05_checkpoints.ipynb #dfcbe5b3
+def check_fits(
+    model: nn.Module,                  # what they are for
+    tensors: dict[str, torch.Tensor],  # name -> value
+    source: str="checkpoint",          # what the error message calls the tensors
+) -> dict[str, torch.Tensor]:          # the same, under the names that the model has now
+    "Require exactly the names, shapes and kinds of a model's state, and finite values (`CheckpointError` names up to five that are not)."
+    state, tensors = plain_names(model.state_dict(), source=source), plain_names(tensors, source=source)
+    for told, wrong in _misfits(model, state, tensors):
+        if wrong: raise CheckpointError(f"{source}: {told.format(some_of(sorted(wrong)))}")
+    return dict(zip(model.state_dict(), (tensors[name] for name in state)))
 
 
 def load_into(

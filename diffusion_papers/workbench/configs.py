@@ -87,17 +87,25 @@ def _example(values):
     return sum(values, ()) if kinds == {tuple} else values[0]
 
 
+def _number(value, kind):
+    "A number as another kind of number, where nothing is lost; any other value as it is."
+    if kind is float and isinstance(value, int): return float(value)
+    if kind is int and isinstance(value, float) and value == int(value): return int(value)  # 1e5 steps
+    return value
+
+
 def _fitted(value, default):
     "`value` in the type of `default`, at every depth of a tuple (`ValueError` where it has another)."
-    kind = None if default is None else type(default)
-    if kind in (None, tuple) and isinstance(value, (tuple, list)):  # JSON has no tuples
+    kind = type(default)
+    if kind in (type(None), tuple) and isinstance(value, (tuple, list)):  # JSON has no tuples
         return tuple(_fitted(part, _example(default or ())) for part in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    if kind is int and isinstance(value, float) and value == int(value): return int(value)  # 1e5 steps
-    if kind is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)): return value
-    raise ValueError
+    if default is None: return value
+    if isinstance(value, bool) and kind is not bool: raise ValueError  # for Python, True is the number 1
+    fitted = _number(value, kind)
+    if not isinstance(fitted, kind): raise ValueError
+    return fitted
 
-
+# %% ../../nbs/workbench/04_configs.ipynb #11269ed7
 def _converted(name, value, default, annotation):
     "Convert `value` to the type of `default`, with the speaking error that `override` promises."
     try:

@@ -79,6 +79,35 @@ def read_json(
     return content
 
 # %% ../../nbs/workbench/03_files.ipynb #250e9e3c
+def _followed(path, name):
+    "Where a file lies once links are followed (`ValueError` where no file can have such a name)."
+    try:
+        place = Path(os.path.realpath(path))
+        place.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or none at all
+        raise ValueError(f"{name}: {came(str(path))} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    return place
+
+
+def _check_there(path, place, name):
+    "Require nothing at a place, or a plain file that may be changed (`ValueError`)."
+    there = place.exists()
+    if place.is_dir(): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
+    if place.is_symlink(): raise ValueError(f"{name}: {path} is a link that leads to itself")
+    if there and not place.is_file(): raise ValueError(f"{name}: {path} is there, and is no plain file")
+    if there and not os.access(place, os.W_OK): raise ValueError(f"{name}: {path} cannot be written: no permission to change it")
+
+
+def _try_beside(path, place, name):
+    "Make an empty file where another is wanted, or in the nearest folder that is there, and remove it (`ValueError`)."
+    nearest = next(folder for folder in place.parents if folder.exists() or folder.is_symlink())
+    if not nearest.is_dir(): raise ValueError(f"{name}: {path} cannot be written, because {nearest} is not a folder")
+    trial = _beside(nearest / place.name, f"trial.{os.getpid()}")
+    try: trial.touch()
+    except OSError as error: raise ValueError(f"{name}: {path} cannot be written: no file can be made in {nearest} ({error.strerror})") from error
+    trial.unlink()
+
+# %% ../../nbs/workbench/03_files.ipynb #dc5e239d
 def check_output(
     path: Path | str,        # where something will be written
     name: str="output",      # the argument's name, as the caller wrote it
@@ -88,19 +117,9 @@ def check_output(
     path = Path(path)
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{name}: expected a name ending in {' or '.join(endings)}, got {path.name!r}")
-    try: place = Path(os.path.realpath(path)); there = place.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, or none at all
-        raise ValueError(f"{name}: {came(str(path))} cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    if place.is_dir(): raise ValueError(f"{name}: {path} is a folder, a file's name is expected")
-    if place.is_symlink(): raise ValueError(f"{name}: {path} is a link that leads to itself")
-    if there and not place.is_file(): raise ValueError(f"{name}: {path} is there, and is no plain file")
-    if there and not os.access(place, os.W_OK): raise ValueError(f"{name}: {path} cannot be written: no permission to change it")
-    nearest = next(folder for folder in place.parents if folder.exists() or folder.is_symlink())
-    if not nearest.is_dir(): raise ValueError(f"{name}: {path} cannot be written, because {nearest} is not a folder")
-    trial = _beside(nearest / place.name, f"trial.{os.getpid()}")
-    try: trial.touch()
-    except OSError as error: raise ValueError(f"{name}: {path} cannot be written: no file can be made in {nearest} ({error.strerror})") from error
-    trial.unlink()
+    place = _followed(path, name)
+    _check_there(path, place, name)
+    _try_beside(path, place, name)
     return path
 
 # %% ../../nbs/workbench/03_files.ipynb #f3a69b3d

@@ -70,10 +70,10 @@ def sampled(arrays, name, schedule):
     "States and estimates of the way without noise, the last first."
     calls, what = int(name.split("/")[1].removeprefix("nfe")), name.split("/")[2]
     c, mask = torch.as_tensor(arrays["c"]), torch.as_tensor(arrays["mask"]) if "masked" in name else None
-    visited = []
-    follow_bridge(lambda x, index: 0.5 * x + c, torch.as_tensor(arrays["x1"]), schedule, calls, mask=mask,
-                  callback=lambda time, x, x0: visited.append({"xs": x, "pred_x0": x0}))
-    return torch.stack([step[what] for step in reversed(visited)], dim=1)
+    states, estimates = [], []  # the states before each step, so the last is what comes back
+    end = follow_bridge(lambda x, index: 0.5 * x + c, torch.as_tensor(arrays["x1"]), schedule, calls, mask=mask,
+                        callback=lambda step, x, x0: (states.append(x), estimates.append(x0)))
+    return torch.stack(list(reversed({"xs": [*states[1:], end], "pred_x0": estimates}[what])), dim=1)
 
 
 def bridge_output(arrays, name, schedule):
