@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from diffusion_papers import dpdm
-from diffusion_papers.core.analytic import gaussian_denoiser
 from diffusion_papers.core.metrics import gaussian_frechet
 from diffusion_papers.core.networks import UNet, authors_keys, unet_config
 from diffusion_papers.topics.privacy import clipped_sum, per_example_gradients
