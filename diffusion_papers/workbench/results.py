@@ -264,10 +264,10 @@ def stale_studies(
 def select(
     results: dict,  # what `load_results` returned
     **setting,      # fields that the setting must have
-) -> list[dict]:    # the results of these experiments
+) -> list:          # the results of these experiments; one that is a dictionary also holds its setting
     "The results of all experiments whose setting has these fields."
-    return [e["result"] for e in results["experiments"]
-            if all(e["setting"].get(name) == value for name, value in setting.items())]
+    fits = lambda e: all(e["setting"].get(name) == value for name, value in setting.items())
+    return [e["setting"] | e["result"] if isinstance(e["result"], dict) else e["result"] for e in results["experiments"] if fits(e)]
 
 # %% ../../nbs/workbench/06_results.ipynb #d308617c
 TIMES = ("seconds", "milliseconds")  # entries of results that are never the same twice
