@@ -36,8 +36,8 @@ from .core.networks import UNet, UNetConfig, authors_keys, authors_tensors, unet
 from .core.pictures import MAX_PIXELS
 from .core.processes import LinearVP
 from .core.samplers import churn, euler, euler_maruyama, karras_grid, white
-from .core.training import (TrainingConfig, claim_folder, has_run, load_run, processes, save_run, step_seed,
-                                            update_average)
+from .core.training import (TrainingConfig, claim_folder, has_run, load_run, processes, progress_bar, save_run,
+                                            step_seed, update_average)
 from .topics.linear_networks import Mixer, MixerConfig, Perceptron, PerceptronConfig
 from .topics.privacy import (ACCOUNTANTS, Ledger, Mechanism, check_private, clipped_sum, ghost_clipped_sum,
                                              gradients_by_layer, noise_multiplier_for, noisy_mean, poisson_batch,
@@ -401,8 +401,7 @@ def _paid_steps(run, data, mine, ours, ledger, step, callback):
     model, average, optimizer, config, folder, mechanism = run
     settings, left = config.training, mechanism.steps - (step if config.public else ledger.taken)
     generator = None if config.public else secret_generator(ours.device)
-    with require("tqdm.auto", "train").tqdm(total=mechanism.steps, initial=step, unit="step", desc="private",
-                                            disable=not ours.is_main_process) as bar:
+    with progress_bar(ours, total=mechanism.steps, initial=step, unit="step", desc="private") as bar:
         for number in range(left):
             if ours.is_main_process and (not config.public or step >= ledger.taken): ledger.record()
             if config.public:
