@@ -377,7 +377,7 @@ def churn(
     "Stochastic Heun sampler (Karras et al. 2022, algorithm 2). Two calls a step, one for a step to 0."
     check_noise(noise, sigmas, "churn"); check_range(s_churn, "s_churn", 0.0)
     check_range(s_max, "s_max", s_min); check_range(limit, "limit", 0.0)
-    for step, (now, then) in enumerate(pairwise(sigmas.to(x))):
+    for step, (now, then) in enumerate(pairwise(sigmas.to(x))):  # precise enough: noise hides the rest
         raise_by = min(s_churn / (len(sigmas) - 1), limit) if s_min <= now <= s_max else 0.0
         raised = now * (1 + raise_by)
         if raise_by > 0: x = x + torch.sqrt(raised**2 - now**2) * s_noise * noise(x)

@@ -90,7 +90,7 @@ CONTRACT = {
         "CONFIGS": 'presets by name, with at least "cpu", which trains here in minutes',
         "build(config)": "a model with initial weights, and its configuration as `model.config`",
         "train(config, folder, resume=True, device='cpu', callback=None)": "a trained model; killed and resumed it ends with the same bits",
-        "sample(model, 4)": "samples as a tensor, the first dimension counts them",
+        "sample(model, 4)": "samples as a tensor, the first dimension counts them (restored pictures may come with what they are from)",
         "evaluate(model)": "a list of rows with equal keys; none where the data are not to be read unasked",
         "save_model(path, model)": "a safetensors file (`model_files` makes it and the next two)",
         "load_model(path, 'cpu')": "the model of such a file",
