@@ -16,7 +16,7 @@ from .checks import require
 from .results import machine
 from .files import check_output, whole_file
 from .plots import data_uri, figure_png, plot_curves, png, tile
-from .registry import Demonstration, evidence, lacking, papers
+from .registry import Demonstration, evidence, lacking, paper, papers
 
 # %% ../../nbs/workbench/11_page.ipynb #44881670
 def _cell(value):
@@ -100,6 +100,7 @@ def try_demonstration(
     "Run a paper's demonstration; any error becomes a section of its own."
     began = time.perf_counter()
     try:
+        paper(name)
         if missing := lacking(name, "demo"): return "", "skipped", f"paper {name} offers no {', no '.join(missing)} yet"
         shown = evidence(name).demonstrate()
         return (html_section(shown, time.perf_counter() - began), "holds" if shown.holds else "does not hold", shown.verdict)
