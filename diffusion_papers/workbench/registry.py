@@ -8,6 +8,7 @@ __all__ = ['SHELVES', 'PACKAGE', 'CONTRACT', 'FILES', 'OPTIONAL', 'COMMANDS', 's
 
 # %% ../../nbs/workbench/08_registry.ipynb #3358b291
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -55,15 +56,22 @@ def heading(
 PACKAGE = Path(importlib.util.find_spec("diffusion_papers").origin).parent
 
 
-def _defined(path):
-    "The names that a module defines, and the keys of dictionaries among them, read from its text."
-    found = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+@functools.cache
+def _read(path, changed):
+    "What a module says of itself, and the names that it defines, with the keys of dictionaries; read again when the file has changed."
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[node.name] = ()
         for target in getattr(node, "targets", ()):
             keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)] if isinstance(node.value, ast.Dict) else ()
             found |= {part.id: keys for part in ast.walk(target) if isinstance(part, ast.Name)}
-    return found
+    return (ast.get_docstring(tree) or "(its module does not say what it is)").strip(), found
+
+
+def _outline(module):
+    "What a paper's module says and defines, without importing it."
+    path = PACKAGE / f"{module}.py"
+    return _read(path, path.stat().st_mtime_ns)
 
 
 def papers(
@@ -71,16 +79,15 @@ def papers(
 ) -> dict[str, str]:          # name of the paper's module -> its one-line description
     "The papers of this package, by the names that the command line takes."
     modules = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]) if not module.ispkg and not module.name.startswith("_"))
-    paths = {name: PACKAGE / f"{name}.py" for name in modules}
-    about = lambda path: (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "(its module does not say what it is)").strip()
-    return {name: about(path) for name, path in paths.items() if "CONFIGS" in (defined := _defined(path)) and offering in defined}
+    outlines = {name: _outline(name) for name in modules}
+    return {name: line for name, (line, defined) in outlines.items() if "CONFIGS" in defined and offering in defined}
 
 
 def hooks() -> dict[str, list[str]]:  # command -> the papers that have it
     "The commands that papers offer beyond those of all papers."
     found = {}
     for slug in papers("HOOKS"):
-        for command in _defined(PACKAGE / f"{slug}.py")["HOOKS"]: found.setdefault(command, []).append(slug)
+        for command in _outline(slug)[1]["HOOKS"]: found.setdefault(command, []).append(slug)
     return found
 
 # %% ../../nbs/workbench/08_registry.ipynb #86f87021
