@@ -422,8 +422,8 @@ def add_hook(commands, name, slugs, words):
     for slug, hook in asked.items():
         sub, told = each[slug], comments_of(hook.function)
         for number, (argument, parameter) in enumerate(positional(hook.function).items()):
-            if number == 0: sub.add_argument(argument, help=told[argument])
-            else: sub.add_argument(f"--{argument}", required=parameter.default is parameter.empty, help=told[argument])
+            if number == 0: sub.add_argument(argument, help=told.get(argument))
+            else: sub.add_argument(f"--{argument}", required=parameter.default is parameter.empty, help=told.get(argument))
         default = f"{name}{hook.outputs[0]}"
         output = {"metavar": "FILE", "default": default, "help": f"where the result goes, {' or '.join(hook.outputs)} (default: {default})"}
         for option, settings in {"set": SET, "model": MODEL, "device": ON_CPU, "output": output}.items(): sub.add_argument(f"--{option}", **settings)

@@ -23,7 +23,7 @@ from diffusion_papers.evidence import genie as genie_evidence
 from diffusion_papers.workbench import page, scale, timing
 from diffusion_papers.workbench.checks import check_fields, check_seed
 from diffusion_papers.workbench.configs import Config
-from diffusion_papers.workbench.registry import COMMANDS, Demonstration, UnfinishedPaper, evidence, paper, papers
+from diffusion_papers.workbench.registry import COMMANDS, Demonstration, Hook, UnfinishedPaper, evidence, paper, papers
 
 PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},
@@ -152,10 +152,8 @@ def test_restore_refuses_wrong_values(options, name, capsys, tmp_path):
 
 def test_restore_computes_where_it_is_told(capsys, monkeypatch):
     seen = {}
-    def restore(picture, task, mask=None, **options):
-        seen.update(options)
-        return torch.zeros(3, 4, 4)
-    monkeypatch.setattr(i2sb, "restore", restore)
+    def restore(picture, task, mask=None, **options): seen.update(options)
+    monkeypatch.setitem(i2sb.HOOKS, "restore", Hook(restore))
     assert run(capsys, "restore", "i2sb", "x.png", "--task", "jpeg", "--device", "cuda")[0] == 0 and seen["device"] == "cuda"
 
 
@@ -253,18 +251,30 @@ def test_unfinished_papers_break_nobody_else(tmp_path):
 
 def test_the_contract_is_asked_by_every_command(monkeypatch, capsys):
     for command, needs in COMMANDS.items():
-        slug = "i2sb" if command == "restore" else "dfno"
         with monkeypatch.context() as patch:
-            patch.delattr(paper(slug), needs[-1])
-            with pytest.raises(UnfinishedPaper, match=f"{slug} offers no {needs[-1]} yet"): paper(slug, command)
-            words = [command, slug] + (["x.png", "--task", "jpeg"] if command == "restore" else [])
-            refused(capsys, words, f"paper {slug} offers no {needs[-1]} yet")
+            patch.delattr(evidence("dfno") if hasattr(evidence("dfno"), needs[-1]) and not hasattr(paper("dfno"), needs[-1]) else paper("dfno"), needs[-1])
+            with pytest.raises(UnfinishedPaper, match=f"dfno offers no {needs[-1]} yet"): paper("dfno", command)
+            refused(capsys, [command, "dfno"], f"paper dfno offers no {needs[-1]} yet")
+
+
+def test_a_command_of_a_papers_own_is_asked_for_too(monkeypatch, capsys):
+    with pytest.raises(UnfinishedPaper, match="paper dfno has no command restore"): paper("dfno", "restore")
+    with monkeypatch.context() as patch:
+        patch.setattr(paper("i2sb"), "HOOKS", {})
+        refused(capsys, ["restore", "i2sb", "x.png", "--task", "jpeg"], "paper i2sb has no command restore")
 
 
 def _module(demonstrate): module = ModuleType("one"); module.demonstrate = demonstrate; return module
 
 
 def _shown(holds): return lambda: Demonstration("A paper", "A claim.", holds, "a verdict", [], {})
+
+
+def patched(monkeypatch, modules, find):
+    "Other papers, whose evidence is their module."
+    for name in ("paper", "evidence"): monkeypatch.setattr(page, name, find)
+    monkeypatch.setattr(page, "papers", lambda: modules)
+    monkeypatch.setattr(page, "lacking", lambda name, command: [] if hasattr(modules[name], "demonstrate") else ["demonstrate"])
 
 
 def _crash(): raise AttributeError("module has no attribute 'x'")
@@ -277,7 +287,7 @@ def test_a_crashed_demonstration_is_no_refuted_claim(monkeypatch, tmp_path, caps
     def find(name):
         if modules[name] is None: raise broken
         return modules[name]
-    monkeypatch.setattr(page, "paper", find); monkeypatch.setattr(page, "papers", lambda: modules)
+    patched(monkeypatch, modules, find)
     code, out, err = run(capsys, "demo", "--output", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert code == 1 and "demonstration failed" in err
@@ -292,7 +302,7 @@ def test_a_crashed_demonstration_is_no_refuted_claim(monkeypatch, tmp_path, caps
 def test_a_demonstration_that_is_stopped_leaves_what_was_shown(monkeypatch, tmp_path, capsys):
     def stop(): raise KeyboardInterrupt
     modules = {"first": _module(_shown(True)), "second": _module(stop)}
-    monkeypatch.setattr(page, "paper", modules.get); monkeypatch.setattr(page, "papers", lambda: modules)
+    patched(monkeypatch, modules, modules.get)
     assert run(capsys, "demo", "--output", tmp_path / "page.html")[0] == 130
     assert "a verdict" in (tmp_path / "page.html").read_text() and "not run yet" in (tmp_path / "page.html").read_text()
 
