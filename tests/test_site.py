@@ -102,6 +102,16 @@ def test_first_page_waits_for_little(pages):
     assert sum(len(gzip.compress(content)) for content in needed.values()) < 120_000
 
 
+def test_the_left_column_is_a_table_of_contents_and_the_readme_agrees(pages):
+    column = re.search(r'<nav class="bd-links.*?</nav>', (SITE / "index.html").read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert re.findall(r'caption-text">([^<]+)<', column) == ["Papers", "Topics", "Core", "Workbench", "Reference"]
+    listed = re.findall(r'href="((?:papers|topics|core|workbench)/\d\d_\w+)\.html"', column)
+    told = re.findall(r"^\| \[[^\]]+\]\(nbs/((?:papers|topics|core|workbench)/\d\d_\w+)\.ipynb\)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == told and len(told) > 35
+    for page in told:
+        if page.startswith("papers/"): assert page.replace("papers/", "evidence/") + ".html" in column or page.replace("papers/", "evidence/") + ".html" in pages
+
+
 def test_tables_are_tables(pages):
     assert [name for name in pages if re.search(r"<p>\s*\|", (SITE / name).read_text(encoding="utf-8"))] == []
 
