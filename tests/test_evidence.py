@@ -29,8 +29,8 @@ def study(setting):
 def fingerprint(tmp_path, text, name="toy"):
     "Of the study in a small package's module."
     package = tmp_path / str(len(list(tmp_path.iterdir()))) / "diffusion_papers"
-    (package / "core").mkdir(parents=True)
-    (package / "core" / "checks.py").write_text("def check_range(value, name, low): return value\ndef check_choice(value): return value\n")
+    (package / "workbench").mkdir(parents=True)
+    (package / "workbench" / "checks.py").write_text("def check_range(value, name, low): return value\ndef check_choice(value): return value\n")
     package.joinpath(*name.split(".")).with_suffix(".py").write_text(text)
     return code_fingerprint(f"diffusion_papers.{name}.study", package)
 
@@ -38,7 +38,7 @@ def fingerprint(tmp_path, text, name="toy"):
 @pytest.mark.parametrize("change", [
     ('"""Add."""', '"""Add numbers."""'), ('"Of a study."', '"Of another."'), ("# of the loop", "# iterations"),
     ("expected 0 or more", "expected a number above -1"), ("that takes long", "that takes a while"), ("count: int", "count: float"),
-    ("-> int", "-> float"), ("steps: int", "steps: object"), ("from diffusion_papers.workbench.checks import check_range", "from .core.checks import check_range"),
+    ("-> int", "-> float"), ("steps: int", "steps: object"), ("from diffusion_papers.workbench.checks import check_range", "from .workbench.checks import check_range"),
     ('"""A module."""', '"""A module.\n\nOf many words."""'), ("def study", "OTHER = 5\n\n\ndef unrelated(): return OTHER\n\n\ndef study")])
 def test_what_decides_nothing_is_not_seen(tmp_path, change):
     assert change[0] in MODULE
@@ -55,7 +55,19 @@ def test_what_decides_a_result_is_seen(tmp_path, change):
 
 
 def test_a_definition_may_move_to_another_module(tmp_path):
-    assert fingerprint(tmp_path, MODULE) == fingerprint(tmp_path, MODULE, "core.toy")
+    assert fingerprint(tmp_path, MODULE) == fingerprint(tmp_path, MODULE, "workbench.toy")
+
+
+@pytest.mark.parametrize("entry, imported, seen", [("1", True, True), ("2", True, True), ("1", False, False)])
+def test_what_another_module_puts_into_a_table_is_seen_where_it_is_imported(tmp_path, entry, imported, seen):
+    def found(entry, imported):
+        package = tmp_path / f"{entry}{imported}{len(list(tmp_path.iterdir()))}" / "diffusion_papers"
+        package.mkdir(parents=True)
+        (package / "tables.py").write_text("TABLE = {}\n")
+        (package / "scenes.py").write_text(f"from .tables import TABLE\ndef drawn(): return {entry}\nTABLE['scenes'] = drawn\nOTHER = 3\n")
+        (package / "toy.py").write_text("from .tables import TABLE\n" + imported * "from .scenes import OTHER\n" + "def study(setting): return TABLE[setting]()\n")
+        return code_fingerprint("diffusion_papers.toy.study", package)
+    assert (found(entry, imported) != found("0", imported)) == seen
 
 
 def test_a_loop_variable_is_no_constant_of_that_name(tmp_path):

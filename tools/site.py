@@ -196,7 +196,8 @@ def write_pages():
     for kind in ("css", "js", "svg"):
         for file in (ROOT / "tools" / "site_theme").glob(f"*.{kind}"): shutil.copy(file, static)
     shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", static)
-    for document in DOCUMENTS.values(): shutil.copy(ROOT / document, PAGES)
+    for document in DOCUMENTS.values():  # the notebooks are at the top of the site
+        with whole_file(PAGES / document) as unfinished: unfinished.write_text((ROOT / document).read_text(encoding="utf-8").replace("](nbs/", "]("), encoding="utf-8")
     groups = notebooks()
     for path in all_notebooks():
         page = path.relative_to(NOTEBOOKS)
