@@ -212,7 +212,7 @@ def do_train(args):
     model = module.train(config, folder, resume=args.resume, device=args.device, **options)
     if int(os.environ.get("RANK", 0)): return  # of several processes the first writes
     module.save_model(path, model.half() if args.half else model)
-    about = {"command": "python -m diffusion_papers " + shlex.join(args.words), "config": config.to_dict(),
+    about = {"command": "python -m diffusion_papers " + shlex.join(args.command_line), "config": config.to_dict(),
              "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2), "resumed": args.resume}
     write_json(path.with_suffix(".json"), about)  # measuring can take long; the model is safe already
     print(f"{path}: trained in {about['minutes']} minutes; how it was made: {path.with_suffix('.json')}")
@@ -486,7 +486,7 @@ def main(
     words = sys.argv[1:] if words is None else words
     try:
         args = parser(words).parse_args(words)
-        args.words = words
+        args.command_line = words
         args.action(args)
         sys.stdout.flush()  # a full disk is an error, too
     except KeyboardInterrupt:
