@@ -371,7 +371,7 @@ def values_of(function):
     "The values that a function takes."
     return "values:\n" + "\n".join("  " + line for line in arguments_of(function).values())
 
-
+# %% ../nbs/command_line.ipynb #b5cc5154
 def add_command(
     commands,              # of the parser
     name: str,             # of the command
@@ -394,7 +394,7 @@ def add_command(
         sub.set_defaults(action=action, paper=slug, command=name)
     return each
 
-
+# %% ../nbs/command_line.ipynb #1e653af5
 def add_train(commands, slugs, epilog):
     "Add the command that trains."
     trained = add_command(
@@ -412,7 +412,7 @@ def add_train(commands, slugs, epilog):
                              help="no privacy is meant: noise may be drawn again from the seed")
         else: sub.add_argument("--workers", type=int, help="processes that read data, for each GPU (default: none, read in between)")
 
-
+# %% ../nbs/command_line.ipynb #7fc9fdd1
 def add_hook(commands, name, slugs, words):
     "Add a command of some papers' own; its options are read from the paper that the words name."
     asked = {slug: paper(slug, name).HOOKS[name] for slug in slugs if [name, slug] == words[:2]}
@@ -428,7 +428,7 @@ def add_hook(commands, name, slugs, words):
         output = {"metavar": "FILE", "default": default, "help": f"where the result goes, {' or '.join(hook.outputs)} (default: {default})"}
         for option, settings in {"set": SET, "model": MODEL, "device": ON_CPU, "output": output}.items(): sub.add_argument(f"--{option}", **settings)
 
-
+# %% ../nbs/command_line.ipynb #04e1e3d5
 def parser(
     words: list[str],            # the command line: help texts that need an import are made only for what it names
 ) -> argparse.ArgumentParser:    # of all commands

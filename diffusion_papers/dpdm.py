@@ -104,7 +104,7 @@ DATA = {  # data that everybody has: name -> function of the configuration, and 
 }
 BROUGHT = {}  # data that a user brings: name -> function of the configuration and of the folder where they lie
 
-
+# %% ../nbs/papers/06_dpdm.ipynb #097fb3af
 @dataclass(frozen=True)
 class DpdmConfig(Config):
     "A private diffusion model: what it learns, at which price, by which network."

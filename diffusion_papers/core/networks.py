@@ -760,7 +760,7 @@ class FilmConfig(Config):
     @property
     def shape(self): return (self.channels, self.size, self.size)
 
-
+# %% ../../nbs/core/05_networks.ipynb #7531c500
 class FilmBlock(nn.Module):
     "A residual block whose second norm is scaled and shifted by the time."
 
@@ -777,7 +777,7 @@ class FilmBlock(nn.Module):
         hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x)))) * (1 + scale) + shift
         return x + self.conv_out(F.silu(hidden))
 
-
+# %% ../../nbs/core/05_networks.ipynb #848aadd3
 class FilmNet(nn.Module):
     "The small network: answers for images of any size."
 

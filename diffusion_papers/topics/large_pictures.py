@@ -146,7 +146,7 @@ class Piece:
         part = whole[:, :, self.top:self.bottom, self.left:self.right]
         part += (self.down[:, None] * self.across * answer)[:, :, :part.shape[2], :part.shape[3]]
 
-
+# %% ../../nbs/topics/03_large_pictures.ipynb #b8cece61
 def pieces(
     height: int,         # of the picture, pixels
     width: int,          # of it
@@ -159,7 +159,7 @@ def pieces(
     return [Piece(top, bottom, left, right, down, across, columns[-1][1], tile, overlap)
             for (top, bottom, down), (left, right, across) in itertools.product(rows, columns)]
 
-
+# %% ../../nbs/topics/03_large_pictures.ipynb #7d43476e
 def check_cut(
     tile: int,       # side of the squares, pixels, a multiple of 16
     overlap: int,    # of neighbours, pixels, a multiple of 16, less than a tile

@@ -170,7 +170,7 @@ def _fails(module, entry):
     except (TypeError, ValueError) as error: return f"{entry} ({error})"
     return ""
 
-
+# %% ../../nbs/workbench/08_registry.ipynb #37ef8d73
 def in_the_making(
     module: ModuleType,  # of a paper
 ) -> bool:
@@ -192,7 +192,7 @@ def lacking(
         missing += [file.format(slug=slug) for file in FILES if not list(clone.glob(file.format(slug=slug)))]
     return [text for text in missing if text]
 
-
+# %% ../../nbs/workbench/08_registry.ipynb #a40dd8c4
 def paper(
     name: str,              # for instance "genie"
     command: str | None=None,  # one of COMMANDS or of `hooks()`, which it must offer; None asks for nothing
