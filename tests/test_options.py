@@ -167,7 +167,7 @@ def test_help_offers_only_what_can_be_typed(capsys):
 def test_whole_trajectories_are_drawn_too(capsys, models):
     pytest.importorskip("PIL.Image")
     code, out, _ = run(capsys, "sample", "dfno", "--model", models / "dfno.safetensors", "--set", "count=2", "whole=true")
-    assert code == 0 and "8 samples of shape (1, 8, 8)" in out
+    assert code == 0 and "2 samples of shape (4, 1, 8, 8)" in out
 
 
 def test_seeds_and_fields_are_checked_from_python_too():

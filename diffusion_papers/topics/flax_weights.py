@@ -13,6 +13,7 @@ from torch import nn
 
 from ..workbench.checkpoints import CheckpointError
 from ..workbench.checks import require
+from ..workbench.files import whole_file
 from ..core.networks import Attention, ConvBlock
 
 # %% ../../nbs/topics/13_flax_weights.ipynb #f6364821
@@ -145,4 +146,4 @@ def write_msgpack(
             for part in way: place = place.setdefault(part, {})
             place[leaf] = packed(value)
         return found
-    Path(path).write_bytes(msgpack.packb(nested(tree)))
+    with whole_file(path) as unfinished: unfinished.write_bytes(msgpack.packb(nested(tree)))
