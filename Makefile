@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test test-kernels lab results bench scale audit docs look readme paper notebooks clean
+.PHONY: help setup demo test test-kernels mutants lab results bench scale audit docs look readme paper notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: setup ## all checks: the test suite, then every notebook against its store
 
 test-kernels: setup ## every notebook (NB=nbs/... for some) with the arithmetic of other processors, one and two threads: four runs
 	$(BIN)/python tools/kernels.py $(NB)
+
+mutants: setup ## plant plausible faults, one at a time: do the fast tests notice? (MODULE=genie for one module's)
+	$(BIN)/python tools/mutants.py $(MODULE)
 
 lab: setup ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
