@@ -116,10 +116,10 @@ def solver_samples(
 
 def study_rivals(
     setting: dict,  # "data", "digits" or "scenes", and "seed" of the noise; for a probe "count" of samples
-) -> dict:          # rows: sampler, calls, exponent, error; of digits also frechet (128 scenes are too few)
+) -> dict:          # rows: sampler, calls, exponent, error; of digits also frechet (32 scenes are too few)
     "Other solvers with the teacher's network, from the noises that the students of `claim` got; on scenes beside the student."
     model = load_pretrained({"digits": "dfno_digits", "scenes": "dfno_shapes"}[setting["data"]], check_device(None))
-    teacher, count = load_teacher(model.config, model.device), setting.get("count", {"digits": model.config.evaluated, "scenes": 128}[setting["data"]])
+    teacher, count = load_teacher(model.config, model.device), setting.get("count", {"digits": model.config.evaluated, "scenes": 32}[setting["data"]])
     x_T = noise_for(range(count), model.shape, 1000 + setting["seed"]).to(model.device)
     labelled = model.config.classes and model.config.unlabelled < 1  # as in `evaluate`
     cond = {"class_label": torch.arange(count, device=model.device) % model.config.classes} if labelled else {}

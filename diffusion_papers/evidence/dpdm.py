@@ -125,13 +125,13 @@ def study_classifiers(
     return found
 
 # %% ../../nbs/evidence/06_dpdm.ipynb #a05a2821
-SEARCHED = [{"draws": draws, "lr": lr, "steps": steps} for draws in (8, 1) for lr in (1.5e-3, 3e-3, 6e-3) for steps in (500, 1000)]
+SEARCHED = [{"draws": draws, "lr": lr, "steps": steps} for draws, steps in ((8, 500), (1, 500), (1, 1000)) for lr in (1.5e-3, 3e-3, 6e-3)]
 
 
 def study_search(
     setting: dict,  # one of SEARCHED, and "seed"; for a probe "smaller", changes of the configuration
 ) -> dict:          # rows of `evaluate`, without and with guidance
-    "Digits at epsilon 10: one draw for each picture and eight, with the same search for rate, steps and guidance."
+    "Digits at epsilon 10: one draw for each picture and eight, each with a search for rate and guidance, one draw also for the number of steps."
     config = DIGITS.override(public=True, draws=setting["draws"], **{
         "training.seed": setting["seed"], "training.lr": setting["lr"], "training.steps": setting["steps"], **setting.get("smaller", {})})
     model = train(config, device="cpu")

@@ -114,7 +114,7 @@ class Claim:
     quantity: str           # name of a number
     ours: dict              # what the method's rows have (as `fits` takes it)
     price: dict             # what the rows of its rivals have
-    apart: tuple            # names by whose values rivals are told apart; the first is what a rival is called by
+    apart: tuple            # names by whose values rivals are told apart (rows that lack one are told apart by the others)
     aside: dict = field(default_factory=dict)  # reason -> rows of that price that are no rivals
     larger_is_better: bool = False
 
@@ -134,11 +134,10 @@ def rivals(
 ) -> list[tuple[dict, list[float]]]:  # who, and one number a seed; the strongest first
     "Every rival that was stored (`ValueError` where there is none, or where one has other seeds than the method)."
     no_rivals = (claim.ours, *claim.aside.values())
-    who = {tuple(row[name] for name in claim.apart): None for rows in records(runs) for row in rows
+    who = {tuple((name, row[name]) for name in claim.apart if name in row): None for rows in records(runs) for row in rows
            if claim.quantity in row and fits(row, claim.price) and not any(fits(row, where) for where in no_rivals)}
     if not who: raise ValueError(f"{claim.quantity}: no rival is stored where {claim.price}")
-    names = [dict(zip(claim.apart, key)) for key in who]
-    found = [(name, values(runs, claim.quantity, **claim.price | name)) for name in names]
+    found = [(dict(name), values(runs, claim.quantity, **claim.price | dict(name))) for name in who]
     seeds = len(values(runs, claim.quantity, **claim.ours))
     for name, numbers in found:
         if len(numbers) != seeds: raise ValueError(f"{name}: expected {seeds} seeds, as the method has, got {len(numbers)}")
@@ -163,6 +162,6 @@ def standings(
     "Every claim beside its strongest rival, and how many there were."
     def row(title, claim):
         stands, among = against(claim, runs), len(rivals(claim, runs))
-        return {"": title, "ours": spread(stands.ours, digits), "strongest rival": ", ".join(map(str, stands.rival.values())),
+        return {"": title, "ours": spread(stands.ours, digits), "strongest rival": ", ".join(f"{name} {value}" for name, value in stands.rival.items()),
                 "its": spread(stands.theirs, digits), "ours / its": f"{stands.ratio:.2f}", "all seeds": stands.verdict, "of": among}
     return Table([row(title, claim) for title, claim in claims.items()])
