@@ -107,6 +107,8 @@ CONTRACT = {
         "STUDIES": "functions by name, each from a setting to a result, both plain data",
         "EXPERIMENTS": "the settings that `make results` runs, each with the name of its study",
         "PROBES": "small settings of each study, two minutes at most, by which changed code is verified",
+        "BASELINES": "rivals, as the rows of the stored results name them, and what was tuned for each",
+        "CLAIMS": "a `Claim` by its title, against every rival that was stored; the front page quotes the first",
         "headline()": "what was measured, in a sentence of the front page, computed from the stored results",
         "demonstrate()": "a `Demonstration`, from shipped checkpoints, in seconds",
         "benchmark('cpu')": "functions by name; each measures, and returns a row or several",

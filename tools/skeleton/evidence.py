@@ -35,6 +35,9 @@ STUDIES = {"claim": study_claim}
 EXPERIMENTS = [{"study": "claim", "seed": seed} for seed in range(3)]
 PROBES = {"claim": [{"seed": 0, "steps": 20, "count": 50}]}
 
+BASELINES = {}  # rivals, as their rows name them -> budget, and what was tuned for each
+CLAIMS = {}     # title -> a `Claim` (workbench.tables) against every rival that is stored; this skeleton has no rival yet
+
 
 def headline() -> str:
     "What was measured, for the front page."
