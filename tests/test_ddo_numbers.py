@@ -330,7 +330,7 @@ def test_a_draw_starts_at_the_first_level_and_visits_a_geometric_ladder():
 
 
 def test_langevin_takes_inner_steps_and_one_last_estimate():
-    found, asked = drawn_with(WHITE, lambda v, level: 0 * v + 2, solver="langevin", calls=8, inner_steps=3, step_size=0.4, seed=3)
+    found, asked = drawn_with(WHITE, lambda v, level: 0 * v + 2, solver="langevin", calls=9, inner_steps=3, step_size=0.4, seed=3)
     assert [level[0].item() for _, level in asked] == pytest.approx([20] * 3 + [0.01] * 4) and found.shape == (2, 1, 8, 8)
     draw = ddo.field_noise(WHITE, seeded(step_seed(3, 7)))
     first = 20 * draw(asked[0][0])
@@ -460,3 +460,14 @@ def test_the_demonstration_holds_where_the_field_stays_and_white_noise_does_not(
 def test_a_call_on_a_finer_grid_is_compared_with_what_transforms_cost(monkeypatch):
     monkeypatch.setattr(evidence, "paired", lambda ours, peer, device: {})
     assert evidence._call_row(64, "cpu")["n^2 log n"] == pytest.approx(4 * 6 / 5)
+
+
+def test_each_variant_is_drawn_in_its_own_ways(monkeypatch):
+    monkeypatch.setattr(evidence, "train", lambda config, device: config)
+    monkeypatch.setattr(evidence, "evaluate", lambda config, **options: [options | {"alpha": config.alpha, "law": config.noise}])
+    rows = {variant: evidence.study_claim({"variant": variant, "seed": 2})["rows"] for variant in ("field", "white", "alpha 1.2")}
+    three = (32, 64, 128)
+    assert [(row["way"], row["points"], row.get("solver"), row.get("calls"), row["seed"]) for row in rows["field"]] == [
+        ("sde", three, None, None, 2), ("ode", three, "ode", None, 2), ("langevin", (32, 64), "langevin", 201, 2)]
+    assert [(row["way"], row["law"], row.get("noise")) for row in rows["white"]] == [("sde", "white", None), ("rescaled", "white", "rescaled")]
+    assert [(row["way"], row["alpha"]) for row in rows["alpha 1.2"]] == [("sde", 1.2)]

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from diffusion_papers.topics.operator_networks import (BiasedSpectralConv, FnoUNet, FnoUNetConfig, Gano, GanoConfig, Resampled,
-                                                       SpectralGroupNorm, TimedBlock, TuckerKernel, TwoCornerConv, UShapedConfig,
+                                                       SpectralGroupNorm, TimedBlock, TuckerKernel, TwoCornerConv, UBlock, UShapedConfig,
                                                        UShapedOperator, _low_pass, places, resampling_matrix, tucker_ranks,
                                                        without_aliases)
 
@@ -104,6 +104,13 @@ def test_a_layer_adds_a_convolution_in_space_one_at_each_point_and_a_bias():
     assert TwoCornerConv(64, 32, 6).positive.std().item() == pytest.approx(1 / math.sqrt(2 * 64), rel=5e-3)
 
 
+@pytest.mark.parametrize("finer", [True, False])
+def test_a_grid_is_changed_before_the_convolution(finer):
+    part, u = shaken(Resampled(3, 4, finer)), draws(2, 3, 12, 12)
+    moved = without_aliases(u, finer)
+    close(part(u), convolved(moved, torch.view_as_complex(part.conv.weight)) + pointwise(part.conv.pointwise, moved) + part.conv.bias)
+
+
 def timed(block, u, embedding):
     "A timed block, written out."
     silu = lambda x: x * torch.sigmoid(x)
@@ -172,6 +179,11 @@ def test_kernels_of_all_ranks_begin_with_the_same_size_for_their_channels():
         return shape[0] * shape[1] * math.prod(ranks) * math.prod(p.square().sum(-1).mean().item() for p in kernel.parameters())
     one, *others = (relative(shape, fraction) for shape, fraction in (((96, 96, 24, 24), 0.1), ((96, 48, 24, 24), 0.4), ((48, 96, 40, 40), 0.2)))
     assert others == pytest.approx([one] * 2, rel=0.15)
+
+
+def test_the_bias_of_a_u_begins_as_small_as_its_kernel():
+    torch.manual_seed(0)
+    assert UBlock(4, 4096, 4, 4, UShapedConfig(rank=1e-3)).bias.std().item() == pytest.approx(1 / math.sqrt(4 * 4096), rel=0.04)
 
 
 def u_shaped(network, u, sigma):
