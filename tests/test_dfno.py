@@ -508,6 +508,19 @@ def test_rows_hold_the_distance_to_the_teachers_end_and_to_the_digits(unlabelled
     assert rows[-1]["error"] == 0 and rows[-1]["seconds"] is None and all(row["seconds"] > 0 for row in rows[:-1])
 
 
+def test_as_many_are_drawn_as_the_configuration_says():
+    teacher = Gaussian()
+    dfno.evaluate(doubling(evaluated=7), teacher=teacher)
+    assert {len(told["sigma"]) for told in teacher.told} == {7} and len(teacher.told) == 8 + 1 + 2 + 4 + 8
+
+
+def test_only_small_pictures_of_the_users_own_are_asked_for(tmp_path):
+    "Larger ones are not compared, and those that ship are there."
+    small, large = dfno.CONFIGS["cifar10"], dfno.CONFIGS["imagenet64"]
+    assert dfno.unmeasured(large) == dfno.unmeasured(SMALL) == "" and "nobody said where" in dfno.unmeasured(small)
+    with pytest.raises((ValueError, FileNotFoundError), match="folder"): dfno.unmeasured(small.override(**{"diffusion.data_path": str(tmp_path / "nothing")}))
+
+
 def test_the_fastest_of_the_repeats_is_reported(monkeypatch):
     clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0])
     monkeypatch.setattr(dfno, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

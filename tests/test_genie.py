@@ -1,6 +1,7 @@
 """GENIE: every formula against numbers found otherwise: by hand, in closed form on Gaussians, or written out in NumPy."""
 import functools
 import math
+import warnings
 from types import SimpleNamespace
 
 from extras import need
@@ -118,7 +119,8 @@ def norm(x, layer): return F.layer_norm(x, x.shape[1:], layer.weight, layer.bias
 
 def test_the_vector_head_is_two_residual_blocks_over_everything_it_reads():
     head = randomised(genie.VectorHead(ResidualMLP(MLPConfig(shape=(2, 3), width=8, blocks=1))))
-    x_t, eps, features, embedding = (torch.randn(4, *shape, generator=seeded(1), dtype=torch.float64) for shape in ((2, 3), (2, 3), (8,), (8,)))
+    shapes = ((2, 3), (2, 3), (8,), (8,))
+    x_t, eps, features, embedding = (torch.randn(4, *shape, generator=seeded(n), dtype=torch.float64) for n, shape in enumerate(shapes))
     hidden = torch.cat([x_t.flatten(1), eps.flatten(1), norm(features, head.feature_norm)], 1) @ head.input.weight.T + head.input.bias
     for block in head.blocks:
         inner = norm(hidden, block.norm) @ block.inner.weight.T + block.inner.bias + embedding @ block.embed.weight.T + block.embed.bias
@@ -130,7 +132,7 @@ def test_the_vector_head_is_two_residual_blocks_over_everything_it_reads():
 
 
 @pytest.mark.parametrize("feature_norm", [False, True])
-def test_the_convolutional_head_is_one_block_whose_sum_is_halved_in_variance(feature_norm):
+def test_the_convolutional_head_is_one_block_between_two_convolutions(feature_norm):
     head = randomised(genie.ConvHead(16, channels=3, conditioning=2, feature_norm=feature_norm))
     shapes = ((5, 6, 6), (3, 6, 6), (16, 6, 6), (64,))
     x_t, eps, features, embedding = (torch.randn(2, *shape, generator=seeded(n), dtype=torch.float64) for n, shape in enumerate(shapes))
@@ -141,6 +143,7 @@ def test_the_convolutional_head_is_one_block_whose_sum_is_halved_in_variance(fea
     told = F.silu(embedding) @ block.embed.weight.T + block.embed.bias
     hidden = conv(block.conv_in, F.silu(group(block.norm_in, start))) + told[:, :, None, None]
     hidden = (start + conv(block.conv_out, F.silu(group(block.norm_out, hidden)))) / math.sqrt(2)
+    torch.testing.assert_close(block(start, embedding), hidden)  # the norm that follows would hide its scale
     wanted = conv(head.output, F.silu(group(head.output_norm, hidden)))
     torch.testing.assert_close(torch.cat(head(x_t, eps, features, embedding), 1), wanted)
 
@@ -231,6 +234,12 @@ def test_a_budget_that_buys_nothing_says_what_would(setting, fewest):
 def test_a_run_costs_so_many_calls(setting, calls): assert genie.calls_for(*setting) == calls
 
 
+def test_solvers_are_the_samplers_of_their_names():
+    names = {"genie": "taylor", "ddim": "euler"}
+    for name, solver in genie.SOLVERS.items(): assert solver.sampler.__name__ == names.get(name, name)
+    assert {name: solver.derivative for name, solver in genie.SOLVERS.items() if solver.derivative} == {"genie": "distilled", "taylor": "exact"}
+
+
 def test_too_few_steps_of_a_solver_are_refused():
     for setting in (("f_pndm", 3), ("f_pndm", 4, True)):
         with pytest.raises(ValueError, match="steps of f_pndm: expected at least 4, got 3"): genie.calls_for(*setting)
@@ -268,7 +277,7 @@ def test_integrate_keeps_the_precision_that_came_and_takes_wide_steps_where_it_m
     process, point = CosineVP(), lambda x, sigma: torch.full_like(x, 0.25)
     process.start = 1 - 1e-5
     found = genie.integrate("ddim", point, X_T.float(), process, 5, first_step=True)
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float32 == genie.integrate("ddim", point, X_T.half(), process, 5).dtype
     assert (found - genie.integrate("ddim", point, X_T.float().double(), process, 5, first_step=True)).abs().max() < 1e-6
 
 
@@ -479,8 +488,9 @@ def test_codes_are_the_noise_that_leads_there():
         model.denoiser.told.clear()
         torch.testing.assert_close(genie.encode(model, data, solver=solver, calls=calls), noise, rtol=0, atol=tolerance)
         assert len(model.denoiser.told) == spent
+    model.denoiser.told.clear()
     genie.encode(model, data, class_label=3)
-    assert model.denoiser.told[-1]["class_label"].tolist() == [3]
+    assert [told["class_label"].tolist() for told in model.denoiser.told] == [[3]] * 40
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
@@ -550,6 +560,12 @@ def test_the_heads_error_is_the_share_of_the_loss_that_it_leaves():
     for share in (0.0, 0.7, 1.0, 1.5): assert genie.head_error(gaussian_model(share), x0) == pytest.approx((1 - share) ** 2, abs=1e-9)
 
 
+def test_the_heads_error_is_of_what_it_is_told():
+    model, x0 = gaussian_model(), torch.rand(5, 1, 8, 8, generator=seeded())
+    genie.head_error(model, x0, class_label=torch.arange(5))
+    assert len(model.denoiser.told) == 4 and all(told["class_label"].tolist() == [0, 1, 2, 3, 4] for told in model.denoiser.told)
+
+
 def test_the_heads_error_is_of_sums_over_uniform_times():
     "A head that is off by 1 / gamma everywhere: its weighted loss is the number of pixels."
     x0, generator = torch.rand(50, 1, 8, 8, generator=seeded()) * 2 - 1, seeded(6)
@@ -583,6 +599,32 @@ def test_rows_hold_the_distance_to_the_exact_end_and_to_the_digits():
         images = walked(row["solver"], x_T, levels(5, row["exponent"]))
         assert row["error"] == pytest.approx(math.sqrt(((images - end) ** 2).mean()), rel=1e-3)
         assert row["frechet"] == pytest.approx(squared_frechet(images.reshape(90, 64).clip(-1, 1), data), rel=1e-3)
+
+
+@pytest.mark.parametrize("share, warned", [(0.11, True), (0.09, False), (math.nan, True)])
+def test_a_reference_may_have_a_tenth_of_the_smallest_error(monkeypatch, share, warned):
+    model, ask = gaussian_model(), dict(solvers=("ddim",), calls=(5, 3))
+    least = min(row["error"] for row in genie.evaluate(model, 4, **ask))
+    found = genie.reference_and_error
+    monkeypatch.setattr(genie, "reference_and_error", lambda *args: (found(*args)[0], share * least))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        genie.evaluate(model, 4, **ask)
+    assert any("the reference has an error of about" in str(each.message) for each in seen) == warned
+
+
+def test_as_many_are_drawn_as_the_configuration_says():
+    model = gaussian_model()
+    model.config = model.config.override(evaluated=7)
+    genie.evaluate(model, solvers=("ddim",), calls=(3,))
+    assert {len(told["sigma"]) for told in model.denoiser.told} == {7}
+
+
+def test_budgets_that_buy_nothing_are_refused_before_anything_is_measured():
+    model = gaussian_model()
+    for wrong in (dict(solvers=("ddim", "f_pndm"), calls=(20, 5)), dict(solvers=("ddim",), exponents=(2.0, 8.5)), dict(calls=()), dict(solvers=("rk4",))):
+        with pytest.raises(ValueError, match="calls|exponents|solvers"): genie.evaluate(model, 4, **wrong)
+    assert not model.denoiser.told
 
 
 def test_rows_with_an_analytical_step_say_what_they_spent():
