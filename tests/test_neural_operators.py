@@ -60,8 +60,10 @@ def test_a_temporal_layer_starts_with_uniform_weights_near_zero():
 
 def test_shapes_that_do_not_fit_are_named():
     for shape in ((2, 8), (2, 8, 4)):
-        with pytest.raises(ValueError, match=r"u: expected shape \(B, T, 3, \.\.\.\)"): no.spectral_convolution(torch.zeros(shape), torch.zeros(3, 2, 2, 2))
-    with pytest.raises(ValueError, match=r"u: expected shape \(B, 3, n_1, n_2\)"): no.spectral_convolution_2d(torch.zeros(2, 2, 8, 8), torch.zeros(2, 3, 3, 2, 2))
+        with pytest.raises(ValueError, match=r"u: expected shape \(B, T, 3, \.\.\.\)"):
+            no.spectral_convolution(torch.zeros(shape), torch.zeros(3, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"u: expected shape \(B, 3, n_1, n_2\)"):
+        no.spectral_convolution_2d(torch.zeros(2, 2, 8, 8), torch.zeros(2, 3, 3, 2, 2))
 
 
 @pytest.mark.parametrize("points", [7, 8])
