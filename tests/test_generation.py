@@ -24,10 +24,10 @@ def test_starting_noise_is_a_function_of_the_seed_and_the_first_number():
 
 
 def test_spherical_interpolation_turns_at_a_constant_speed():
-    a, b = torch.tensor([[[2.0, 0.0]], [[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]], [[math.cos(1.2), math.sin(1.2)]]])
+    a, b = torch.tensor([[[2.0, 0.0]], [[1.0, 0.0]]]), torch.tensor([[[0.0, 5.0]], [[math.cos(1.2), math.sin(1.2)]]])
     for share in (0.0, 0.25, 0.7, 1.0):
         first, second = share * math.pi / 2, share * 1.2
-        wanted = torch.tensor([[[2 * math.cos(first), 2 * math.sin(first)]], [[math.cos(second), math.sin(second)]]])
+        wanted = torch.tensor([[[2 * math.cos(first), 5 * math.sin(first)]], [[math.cos(second), math.sin(second)]]])
         torch.testing.assert_close(slerp(a, b, share), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
