@@ -96,3 +96,13 @@ def test_values_are_written_as_the_nearest_byte(tmp_path):
     with Image.open(tmp_path / "a.png") as image: pixels, dpi = np.asarray(image), image.info["dpi"]
     assert pixels[..., 0].flatten().tolist()[:7] == [0, 0, 1, 100, 101, 255, 255] and dpi == (pytest.approx(300, abs=0.1), pytest.approx(150, abs=0.1))
     assert pixels[..., 3].flatten().tolist() == [math.floor(255 * share + 0.5) for share in (0, 1, 0.31, 0.34, 0.2, 0.4, 0.6, 0.8)]
+
+
+def test_a_camera_held_sideways_changes_rows_columns_and_resolution(tmp_path):
+    values, exif = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, Image.Exif()
+    for orientation, wanted in ((6, np.rot90(values, -1)), (8, np.rot90(values, 1)), (3, values[::-1, ::-1])):
+        exif[0x0112] = orientation
+        Image.fromarray(values).save(tmp_path / "a.png", exif=exif, dpi=(300, 150))
+        found = read_picture(tmp_path / "a.png")
+        assert np.abs(levels(found.colour)[0].numpy() - wanted).max() < 0.01
+        assert found.dpi == (pytest.approx((300, 150) if orientation == 3 else (150, 300), abs=0.1))
