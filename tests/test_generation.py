@@ -29,6 +29,8 @@ def test_spherical_interpolation_turns_at_a_constant_speed():
         first, second = share * math.pi / 2, share * 1.2
         wanted = torch.tensor([[[2 * math.cos(first), 5 * math.sin(first)]], [[math.cos(second), math.sin(second)]]])
         torch.testing.assert_close(slerp(a, b, share), wanted, rtol=1e-4, atol=1e-5)
+        weights = [math.sin((1 - share) * 1.2) / math.sin(1.2), math.sin(share * 1.2) / math.sin(1.2)]
+        torch.testing.assert_close(slerp(a, 3 * b, share)[1], weights[0] * a[1] + 3 * weights[1] * b[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
