@@ -1,6 +1,5 @@
 """DDO, formula by formula: losses with known random numbers, the blurring process against its derivatives, samplers step by step."""
 import itertools
-import json
 import math
 from dataclasses import replace
 
@@ -437,20 +436,11 @@ def test_the_plain_step_is_the_solvers():
     close(evidence.plain_step(flow, w, force, 0.2), flow.step(w, force, 0.2)[0])
 
 
-def test_the_headline_is_a_mean_of_ratios():
-    stored = json.loads((data_folder() / "results" / "ddo.json").read_text())["experiments"]
-    found = {(e["setting"]["variant"], e["setting"]["seed"]): [
-        row["spectrum"] for row in e["result"]["rows"] if (row["points"], row["way"]) == (128, "sde")]
-        for e in stored if e["setting"]["study"] == "claim"}
-    seeds = sorted(seed for variant, seed in found if variant == "field")
-    ratio = sum(found["field", seed][0] / found["white", seed][0] for seed in seeds) / len(seeds)
-    assert evidence.headline().endswith(f"error of the spectrum {ratio:.2f} of that with white noise")
-
-
-@pytest.mark.parametrize("field, white, holds", [
-    ((0.1, 0.19), (0.1, 0.31), True), ((0.1, 0.21), (0.1, 0.31), False), ((0.1, 0.19), (0.1, 0.29), False)])
-def test_the_demonstration_holds_where_the_field_stays_and_white_noise_does_not(monkeypatch, field, white, holds):
-    errors = {("ddo_vorticity", None): field, ("ddo_vorticity_white", None): white, ("ddo_vorticity_white", "rescaled"): (0.1, 0.1)}
+@pytest.mark.parametrize("field, white, rescaled, holds", [
+    ((0.1, 0.14), (0.1, 0.31), 0.1, True), ((0.1, 0.16), (0.1, 0.31), 0.2, False), ((0.1, 0.14), (0.1, 0.29), 0.1, False),
+    ((0.1, 0.14), (0.1, 0.31), 0.09, False)])
+def test_the_demonstration_holds_where_the_field_stays_and_white_noise_does_so_by_hand_alone(monkeypatch, field, white, rescaled, holds):
+    errors = {("ddo_vorticity", None): field, ("ddo_vorticity_white", None): white, ("ddo_vorticity_white", "rescaled"): (0.1, rescaled)}
     monkeypatch.setattr(evidence, "load_pretrained", lambda name: name)
     monkeypatch.setattr(evidence, "sample", lambda model, count, points: torch.zeros(count, 1, points, points))
     monkeypatch.setattr(evidence, "evaluate", lambda model, count, points, noise=None: [{"spectrum": error} for error in errors[model, noise]])

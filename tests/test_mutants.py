@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_papers.workbench.registry import papers
+from diffusion_papers.workbench.registry import in_the_making, paper, papers
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())
@@ -25,7 +25,7 @@ def test_a_fault_can_be_planted(fault):
 def test_every_paper_and_the_core_have_their_share():
     found = Counter(fault["module"] for fault in TABLE["mutants"])
     assert len({(fault["module"], fault["text"], fault["replacement"]) for fault in TABLE["mutants"]}) == len(TABLE["mutants"])
-    assert {slug: found[slug] for slug in papers() if found[slug] < 12} == {}
+    assert {slug: found[slug] for slug in papers() if found[slug] < 12 and not in_the_making(paper(slug))} == {}
     assert sum(count for module, count in found.items() if module.startswith("core.")) >= 20
 
 
