@@ -525,6 +525,14 @@ def test_as_many_are_drawn_as_the_configuration_says():
     assert {len(told["sigma"]) for told in teacher.told} == {7} and len(teacher.told) == 8 + 1 + 2 + 4 + 8
 
 
+def test_a_student_is_measured_with_noise_of_another_seed_than_its_trainings():
+    asked = []
+    model = doubling()
+    model.student.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    dfno.evaluate(model, 3, teacher=Gaussian(), calls=())
+    assert torch.equal(asked[0], torch.randn(3, 1, 8, 8, generator=seeded(step_seed(1000, 0)))) and model.config.seed == 0
+
+
 def test_only_small_pictures_of_the_users_own_are_asked_for(tmp_path):
     "Larger ones are not compared, and those that ship are there."
     small, large = dfno.CONFIGS["cifar10"], dfno.CONFIGS["imagenet64"]
@@ -587,6 +595,11 @@ def test_a_demonstration_compares_one_call_with_the_best_solver(monkeypatch, two
     np.testing.assert_allclose(shown.images["DDIM, 2 calls"], ddim(noise, times_of(2))[:, -1], atol=1e-4)
     np.testing.assert_allclose(shown.images["teacher, 32 calls"], ddim(noise, times_of(8))[:, -1], atol=1e-4)
     np.testing.assert_allclose(shown.images["student, 1 call"], (2 - 1e-3) * noise, atol=1e-4)
+
+
+def test_three_seeds_of_everything_are_stored():
+    counts = {study: sum(setting["study"] == study for setting in evidence.EXPERIMENTS) for study in evidence.STUDIES}
+    assert counts == {"claim": 3, "ablation": 45, "scenes": 3} and {setting["seed"] for setting in evidence.EXPERIMENTS} == {0, 1, 2}
 
 
 def test_studies_train_and_measure_what_they_say(monkeypatch):
