@@ -29,7 +29,7 @@ def test_a_warm_up_rises_linearly_and_is_over_after_its_steps():
     (dict(decay="cosine", steps=100, decay_steps=2), [1, 0.5, 0, 0, 0]),
     (dict(decay="halving", steps=100, decay_steps=2), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
     (dict(decay="halving", steps=3), [1, 1, 1, 0.5]),
-    (dict(decay="linear", steps=4, warmup=2), [0.5, 0.75, 0.5, 0.25])], ids=str)
+    (dict(decay="linear", steps=4, warmup=4), [0.25, 0.375, 0.375, 0.25])], ids=str)
 def test_a_learning_rate_falls_as_its_course_says(options, wanted): assert course(len(wanted), **options) == pytest.approx(wanted, abs=1e-12)
 
 
