@@ -6,6 +6,7 @@ import torch
 
 from diffusion_papers.core.analytic import gaussian_denoiser, gaussian_flow, mixture_denoiser, ring, sample_mixture
 
+double = lambda values: torch.tensor(values, dtype=torch.float64)
 GRID = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
 density = lambda x, mean, std: torch.exp(-((x - mean) / std) ** 2 / 2) / (std * math.sqrt(2 * math.pi))
 
@@ -29,14 +30,14 @@ def test_denoisers_are_posterior_means(x, sigma):
 
 def test_distances_of_a_mixture_are_those_of_all_coordinates():
     "Along a line between two means of the plane a mixture is one of a line."
-    means, x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64), torch.tensor([[1.8, 2.4]], dtype=torch.float64)
-    on_line = mixture_denoiser(torch.tensor([[0.0], [5.0]], dtype=torch.float64), 0.5)(torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([1.2]))
-    assert mixture_denoiser(means, 0.5)(x, torch.tensor([1.2])) == pytest.approx(on_line * torch.tensor([[0.6, 0.8]], dtype=torch.float64))
+    means, x = double([[0.0, 0.0], [3.0, 4.0]]), double([[1.8, 2.4]])
+    on_line = mixture_denoiser(double([[0.0], [5.0]]), 0.5)(double([[3.0]]), double([1.2]))
+    assert mixture_denoiser(means, 0.5)(x, double([1.2])) == pytest.approx(on_line * double([[0.6, 0.8]]))
 
 
 def test_the_flow_of_a_gaussian_solves_its_equation_and_starts_at_its_start():
     "dx/dsigma = (x - D(x, sigma)) / sigma."
-    x, first, mean = torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64), torch.tensor([0.4, 0.1], dtype=torch.float64)
+    x, first, mean = double([[2.0, -1.0]]), double(3.0), double([0.4, 0.1])
     assert gaussian_flow(x, first, first, mean, 0.7) == pytest.approx(x)
     at = torch.tensor(0.6, dtype=torch.float64)
     there, slope = torch.func.jvp(lambda sigma: gaussian_flow(x, first, sigma, mean, 0.7), (at,), (torch.ones_like(at),))

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import Subset
 
 from diffusion_papers.core import data as data_module
-from diffusion_papers.core.data import (PHOTOGRAPHS, Mirrored, NoiseImages, PhotographCrops, RowsOfImages, TensorSet, check_labels, cifar_images, digits, idx_images,
-                                        photographs, random_crops, read_idx)
+from diffusion_papers.core.data import (PHOTOGRAPHS, Mirrored, NoiseImages, PhotographCrops, RowsOfImages, TensorSet, check_labels, cifar_images,
+                                        digits, idx_images, photographs, random_crops, read_idx)
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
 
@@ -47,7 +47,7 @@ def test_photographs_are_their_bytes_between_minus_one_and_one(monkeypatch):
     assert torch.equal(found["grey"], torch.ones(3, 2, 4)) and torch.equal(found["stereo"], torch.full((3, 2, 4), 51 / 127.5 - 1))
 
 
-PICTURES = {"wide": torch.arange(2 * 4 * 6, dtype=torch.float32).reshape(2, 4, 6), "small": 100 + torch.arange(2 * 3 * 3, dtype=torch.float32).reshape(2, 3, 3)}
+PICTURES = {"wide": torch.arange(48.0).reshape(2, 4, 6), "small": 100 + torch.arange(18.0).reshape(2, 3, 3)}
 
 
 def test_crops_are_of_every_place_alike_and_half_of_them_mirrored():

@@ -1,5 +1,4 @@
 """What a diffusion model is trained on and told, in plain numbers."""
-import functools
 from dataclasses import replace
 
 from extras import need
@@ -10,17 +9,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from diffusion_papers.core import diffusion
 from diffusion_papers.core.data import digits
 from diffusion_papers.core.denoisers import Denoiser
-from diffusion_papers.core.diffusion import (END, MODELS, DiffusionConfig, build_denoiser, conditioning_image, data_images, diffusion_loss, distance_to_data,
-                                             load_data, one_each, random_times, reduced, sampling_conditions, training_conditions, upsampling_condition)
+from diffusion_papers.core.diffusion import (END, MODELS, DiffusionConfig, build_denoiser, conditioning_image, data_images, diffusion_loss,
+                                             distance_to_data, load_data, one_each, random_times, reduced, sampling_conditions, train_denoiser,
+                                             training_conditions, upsampling_condition)
 from diffusion_papers.core.networks import MLPConfig, UNetConfig, unet_config
 from diffusion_papers.core.processes import BoundedCosineVP, CosineVP, LinearVP
 from diffusion_papers.core.training import Draws, step_seed
 
 SMALL = DiffusionConfig(mlp=MLPConfig(width=8, blocks=1, classes=10))
 UPSAMPLER = DiffusionConfig(data="noise", family="ddpm", low_size=4, label_dropout=0.0,
-                            unet=unet_config("ddpm", image_size=16, width=32, multipliers=(1,), blocks=1, conditioning=3, augmented=True, embedding="fourier"),
+                            unet=unet_config("ddpm", image_size=16, width=32, multipliers=(1,), blocks=1, conditioning=3, augmented=True,
+                                             embedding="fourier"),
                             label="time")
 draws = lambda seed=0: Draws(torch.Generator().manual_seed(seed))
 random = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -39,7 +41,8 @@ def test_a_model_has_the_process_prediction_and_label_of_its_configuration(name,
     denoiser = build_denoiser(replace(SMALL, process=name, prediction="eps", label="angle"))
     assert type(denoiser.process) is process and (denoiser.prediction, denoiser.label) == ("eps", "angle") and not denoiser.training
     same, other = build_denoiser(SMALL), build_denoiser(replace(SMALL, seed=1))
-    assert torch.equal(same.network.input.weight, denoiser.network.input.weight) and not torch.equal(same.network.input.weight, other.network.input.weight)
+    assert torch.equal(same.network.input.weight, denoiser.network.input.weight)
+    assert not torch.equal(same.network.input.weight, other.network.input.weight)
 
 
 # losses
@@ -115,7 +118,8 @@ def test_an_up_sampler_is_shown_small_pictures_with_little_noise_in_sampling():
 
 
 def test_classes_come_in_turn_where_a_model_cannot_draw_without():
-    config = DiffusionConfig(data="noise", family="distillation", label_dropout=0.0, unet=unet_config("distillation", image_size=8, width=8, multipliers=(1,), classes=3))
+    unet = unet_config("distillation", image_size=8, width=8, multipliers=(1,), classes=3)
+    config = DiffusionConfig(data="noise", family="distillation", label_dropout=0.0, unet=unet)
     assert sampling_conditions(config, torch.zeros(5, 3, 8, 8), LinearVP())["class_label"].tolist() == [0, 1, 2, 0, 1]
     assert sampling_conditions(SMALL, torch.zeros(5, 1, 8, 8), LinearVP()) == {}
     knows_none = DiffusionConfig(data="noise", family="ddpm", unet=UNetConfig(image_size=8, width=32, classes=3))
@@ -134,6 +138,32 @@ def test_the_first_pictures_are_those_of_the_data():
     assert torch.equal(data_images(SMALL, 5), digits().tensors["x0"][:5]) and len(data_images(SMALL)) == len(load_data(SMALL)) == 1797
     noise = DiffusionConfig(data="noise")
     assert torch.equal(data_images(noise, 3), torch.stack([load_data(noise)[index]["x0"] for index in range(3)]))
+
+
+def test_mirrored_pictures_of_a_folder_are_there_twice(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for kind in ("a", "b"):
+        (tmp_path / kind).mkdir()
+        image.fromarray(torch.arange(192, dtype=torch.uint8).reshape(8, 8, 3).numpy()).save(tmp_path / kind / "0.png")
+    config = DiffusionConfig(data="images", data_path=str(tmp_path), family="ddpm", label_dropout=0.0,
+                             unet=UNetConfig(image_size=8, width=32, classes=2))
+    plain, twice = load_data(config), load_data(replace(config, mirrored=True))
+    assert (len(plain), len(twice)) == (2, 4) and torch.equal(twice[3]["x0"], plain[1]["x0"].flip(2))
+    assert [twice[index]["class_label"] for index in range(4)] == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="^data_path: the data set 'images' is yours to bring"): load_data(replace(config, data_path=""))
+    with pytest.raises(ValueError, match="class_label: expected 0 to 0"): load_data(replace(config, unet=replace(config.unet, classes=1)))
+
+
+def test_training_takes_data_loss_and_seed_from_the_configuration(monkeypatch):
+    taken = {}
+    def fit(model, loss, data, config, **options):
+        taken.update(model=model, loss=loss, data=data, config=config)
+        return model
+    monkeypatch.setattr(diffusion, "fit", fit)
+    config = replace(SMALL, seed=7, pixel_sum=True)
+    assert train_denoiser(config) is taken["model"]
+    assert taken["config"] == replace(config.training, seed=7) and len(taken["data"]) == 1797 and taken["loss"].keywords == {"config": config}
+    assert torch.equal(taken["model"].network.input.weight, build_denoiser(config).network.input.weight)
 
 
 def test_the_distance_to_the_data_is_0_for_them_and_grows_by_a_shift():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion_papers.core.networks import (FAMILIES, Attention, ConvBlock, Downsample, FilmBlock, FilmConfig, FilmNet, FourierEmbedding, Matrix, MLPConfig,
-                                            NoiseEmbedding, OneHotLinear, ResidualBlock, ResidualMLP, UNet, UNetConfig, Upsample, check_classes,
-                                            class_embedding, group_norm, resample, sinusoids, unet_config, variance_scaling)
+from diffusion_papers.core.networks import (FAMILIES, Attention, ConvBlock, Downsample, FilmBlock, FilmConfig, FilmNet, FourierEmbedding, Matrix,
+                                            MLPConfig, NoiseEmbedding, OneHotLinear, ResidualBlock, ResidualMLP, UNet, UNetConfig, Upsample,
+                                            check_classes, class_embedding, group_norm, resample, sinusoids, unet_config, variance_scaling)
 
 SMALL = UNetConfig(image_size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups="quarter")
 silu = lambda x: x / (1 + torch.exp(-x))
@@ -142,7 +142,8 @@ def test_networks_begin_with_silence_and_blocks_as_the_identity():
     x, level, embedding = random(2, 8, 8, 8).float(), torch.rand(2), torch.randn(2, 32)
     assert UNet(SMALL)(x[:, :3], level).abs().max() < 1e-3 and (FilmNet(FilmConfig(width=8))(x[:, :1], level) == 0).all()
     assert (ResidualMLP(MLPConfig(shape=(8, 8, 8), width=8))(x, level) == 0).all()
-    assert torch.equal(FilmBlock(8, 1, torch.nn.Identity)(x, embedding), x) and torch.equal(ResidualBlock(8, 4)(x[:, 0, 0], embedding[:, :4]), x[:, 0, 0])
+    assert torch.equal(FilmBlock(8, 1, torch.nn.Identity)(x, embedding), x)
+    assert torch.equal(ResidualBlock(8, 4)(x[:, 0, 0], embedding[:, :4]), x[:, 0, 0])
     for form in ("separate", "matrices", "joint", "joint_matrix"):
         assert (Attention(8, replace(SMALL, projections=form))(x) - x).abs().max() < 1e-4, form
     assert (ConvBlock(8, 8, SMALL)(x, embedding) - x).abs().max() < 1e-3
@@ -154,7 +155,8 @@ def test_networks_begin_with_silence_and_blocks_as_the_identity():
 
 def test_groups_of_a_norm_are_those_of_the_family():
     groups = lambda kind, channels, in_block=False: group_norm(channels, replace(SMALL, norm_groups=kind), in_block).num_groups
-    assert [groups("all", 64), groups("all", 64, True), groups("quarter", 64), groups("quarter", 64, True), groups("quarter", 256)] == [32, 32, 16, 16, 32]
+    assert [groups("all", 64), groups("all", 64, True)] == [32, 32]
+    assert [groups("quarter", 64), groups("quarter", 64, True), groups("quarter", 256)] == [16, 16, 32]
     assert [groups("blocks", 64), groups("blocks", 64, True)] == [32, 16] and group_norm(32, replace(SMALL, norm_eps=1e-5)).eps == 1e-5
 
 
@@ -212,8 +214,8 @@ def test_attention_is_its_formula(projections, order, rescale):
     if projections in ("separate", "matrices"): query, key, value = (mapped(part, flat) for part in (module.query, module.key, module.value))
     else:
         joint = mapped(module.qkv, flat)
-        numbers = [[range(4 * (3 * head + part), 4 * (3 * head + part) + 4) if order == "heads_first" else range(8 * part + 4 * head, 8 * part + 4 * head + 4)
-                    for head in range(2)] for part in range(3)]
+        first = lambda part, head: 12 * head + 4 * part if order == "heads_first" else 8 * part + 4 * head
+        numbers = [[range(first(part, head), first(part, head) + 4) for head in range(2)] for part in range(3)]
         query, key, value = (joint[:, [channel for head in part for channel in head]] for part in numbers)
     mixed = []
     for head in (slice(0, 4), slice(4, 8)):
@@ -282,6 +284,30 @@ def test_families_have_the_constants_of_their_papers():
     assert unet_config("adm").norm_eps == 1e-5 and unet_config("adm").head_width == 64 and unet_config("ddpm").norm_eps == 1e-6
     assert [name for name in FAMILIES if unet_config(name).rescale] == ["ddpmpp"] and unet_config("adm", width=64).embedded == 256
     assert unet_config("adm", embedding_width=10).embedded == 10 and unet_config("ddpm", image_size=16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: replace(SMALL, image_size=9), "image_size"), (lambda: replace(SMALL, head_width=3), "head_width"),
+    (lambda: replace(SMALL, dropout=1.0), "dropout"), (lambda: FilmConfig(width=12), "width"), (lambda: FilmConfig(width=9, groups=9), "width"),
+    (lambda: FilmConfig(patch=3), "patch"),
+    (lambda: MLPConfig(fourier=7), "fourier"), (lambda: MLPConfig(highest=0.0), "highest"), (lambda: FourierEmbedding(2), "size")])
+def test_sizes_that_do_not_fit_are_named(make, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"): make()
+
+
+def test_heads_have_the_width_that_is_asked_for():
+    "Only channels that attend must be multiples of it: the 16 at 4 pixels, not the 8 at 8 pixels."
+    assert Attention(16, replace(SMALL, head_width=16)).heads == 1 and Attention(16, replace(SMALL, head_width=4)).heads == 4
+    assert Attention(16, SMALL).heads == 1
+
+
+@pytest.mark.parametrize("wrong, name", [(dict(x=(1, 3, 8, 4)), "x"), (dict(condition=(1, 2, 8, 8)), "condition"),
+                                         (dict(condition=None), "condition"), (dict(augmentation=None), "augmentation")], ids=str)
+def test_a_u_net_is_asked_what_it_was_built_for(wrong, name):
+    network = UNet(replace(SMALL, conditioning=1, augmented=True, embedding="fourier"))
+    shapes = dict(x=(1, 3, 8, 8), condition=(1, 1, 8, 8), augmentation=(1,)) | wrong
+    x, condition, augmentation = (None if shape is None else torch.ones(shape) for shape in shapes.values())
+    with pytest.raises(ValueError, match=f"^{name}: "): network(x, torch.ones(1), condition=condition, augmentation=augmentation)
 
 
 # the small network

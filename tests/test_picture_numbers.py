@@ -94,7 +94,8 @@ def test_values_are_written_as_the_nearest_byte(tmp_path):
     values = torch.tensor([0.0, 0.4, 0.6, 100.4, 100.6, 254.6, 255.0, 127.5]).reshape(1, 2, 4).expand(3, -1, -1) / 127.5 - 1
     write_picture(tmp_path / "a.png", Picture(values, torch.tensor([[[0.0, 1, 0.31, 0.34], [0.2, 0.4, 0.6, 0.8]]]), (300, 150)))
     with Image.open(tmp_path / "a.png") as image: pixels, dpi = np.asarray(image), image.info["dpi"]
-    assert pixels[..., 0].flatten().tolist()[:7] == [0, 0, 1, 100, 101, 255, 255] and dpi == (pytest.approx(300, abs=0.1), pytest.approx(150, abs=0.1))
+    assert pixels[..., 0].flatten().tolist()[:7] == [0, 0, 1, 100, 101, 255, 255]
+    assert dpi == (pytest.approx(300, abs=0.1), pytest.approx(150, abs=0.1))
     assert pixels[..., 3].flatten().tolist() == [math.floor(255 * share + 0.5) for share in (0, 1, 0.31, 0.34, 0.2, 0.4, 0.6, 0.8)]
 
 

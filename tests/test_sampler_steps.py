@@ -1,5 +1,6 @@
 """Every sampler, step by step, against its paper's formula in plain numbers; grids and derivatives against closed forms."""
 import math
+import warnings
 from itertools import cycle, pairwise
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from diffusion_papers.core.analytic import gaussian_denoiser, gaussian_flow
 from diffusion_papers.core.processes import EDM, CosineVP, LinearVP
-from diffusion_papers.core.samplers import (SAMPLERS, check_noise, check_sigmas, convergence_order, derivative_by_difference, euler_in_time, exact_slope, heun,
-                                            karras_grid, log_grid, noise_estimate, reference_and_error, reference_grid, runge_kutta_45, sigma_grid,
-                                            slope_derivative, taylor, time_grid, white)
+from diffusion_papers.core.samplers import (REFERENCE_ERROR, REFERENCE_STEPS, SAMPLERS, as_state, check_noise, check_sigmas, convergence_order,
+                                            derivative_by_difference, euler_in_time, exact_slope, guarded, heun, karras_grid, log_grid,
+                                            noise_estimate, reference_and_error, reference_grid, reference_solution, runge_kutta_45, sigma_grid,
+                                            slope_derivative, taylor, time_grid, white, widened)
 
 LEVELS = [5.0, 2.5, 2.0, 0.7, 0.4]
 START = 3.0
@@ -166,7 +168,8 @@ def test_euler_maruyama_steps_along_the_score_and_adds_the_noise_of_the_step():
     (dict(s_churn=3.0, s_min=0.7, s_max=2.0, s_noise=1.1, limit=0.9), [*LEVELS, 0.0]), (dict(s_churn=0.0), LEVELS)],
     ids=["defaults", "above", "below", "options", "none"])
 def test_churn_is_algorithm_2_of_edm(options, levels):
-    s_churn, s_min, s_max, s_noise, limit = ({"s_churn": 40, "s_min": 0.05, "s_max": 50, "s_noise": 1.003, "limit": math.sqrt(2) - 1} | options).values()
+    defaults = dict(s_churn=40, s_min=0.05, s_max=50, s_noise=1.003, limit=math.sqrt(2) - 1)
+    s_churn, s_min, s_max, s_noise, limit = (defaults | options).values()
     x, draws, steps = START, iter(DRAWS), len(levels) - 1
     for now, then in pairwise(levels):
         gamma = min(s_churn / steps, limit) if s_min <= now <= s_max else 0
@@ -225,7 +228,8 @@ def test_euler_in_time_steps_in_t():
             told.append((x / alpha, x0))
             x = x + (-0.5 * beta * x - (beta if noisy else 0.5 * beta) * score) * dt + (math.sqrt(beta * -dt) * next(draws) if noisy else 0)
         fresh, seen = iter(DRAWS), []
-        found = euler_in_time(denoise, double([[START]]), double(times), process, noise=(lambda x: torch.full_like(x, next(fresh))) if noisy else None,
+        noise = (lambda x: torch.full_like(x, next(fresh))) if noisy else None
+        found = euler_in_time(denoise, double([[START]]), double(times), process, noise=noise,
                               callback=lambda step, x, x0: seen.append((x.item(), x0.item())))
         assert found.item() == pytest.approx(x, rel=1e-10) and seen == [pytest.approx(pair) for pair in told]
 
@@ -236,7 +240,8 @@ def test_the_adaptive_method_keeps_to_its_tolerance():
     wanted, errors = gaussian_flow(x, first, last, 0.3, 0.5), []
     for tolerance in (1e-3, 1e-8):
         calls = []
-        found = runge_kutta_45(gaussian_denoiser(0.3, 0.5), x, double([8.0, 1.0, 0.05]), tolerance=tolerance, callback=lambda call, x, x0: calls.append(call))
+        found = runge_kutta_45(gaussian_denoiser(0.3, 0.5), x, double([8.0, 1.0, 0.05]), tolerance=tolerance,
+                               callback=lambda call, x, x0: calls.append(call))
         errors.append((found - wanted).abs().max().item())
         assert calls == list(range(len(calls)))
     assert 1e-6 < errors[0] < 5e-3 and errors[1] < 1e-7
@@ -290,13 +295,43 @@ def test_grids_of_levels_are_those_of_their_papers():
     assert sigma_grid(EDM(), 2, 1.0, 0.5).tolist() == [80, 40.25, 0.5]
 
 
+def test_states_get_wide_above_a_thousand_and_plain_again():
+    for level, inside in ((1000.0, torch.float32), (1001.0, torch.float64)):
+        levels = double([level, 1.0])
+        assert widened(torch.zeros(1), levels).dtype == inside
+        assert SAMPLERS["euler"](denoise, torch.ones(1, 1), levels).dtype == torch.float32
+    assert as_state(torch.zeros(1).half()).dtype == torch.float32 and as_state(double([0.0])).dtype == torch.float64
+
+
+def test_a_function_is_asked_at_one_level_for_all_and_must_answer_finitely():
+    asked = []
+    answer = guarded(lambda x, sigma: asked.append(sigma.tolist()) or (x / (sigma[:, None] - 2)), "solver")
+    answer(torch.ones(3, 1), torch.tensor(4.0))
+    assert asked == [[4.0] * 3]
+    with pytest.raises(FloatingPointError, match="^solver: call 2 of the model, at noise level 2,"): answer(torch.ones(3, 1), torch.tensor(2.0))
+
+
+def test_a_reference_says_where_it_is_none():
+    "A root mean square of 2e-3 is a quarter of one of 256 levels between -1 and 1."
+    assert (REFERENCE_ERROR, REFERENCE_STEPS) == (2e-3, 200)
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    with pytest.warns(UserWarning, match="^steps: this reference is not one: 4 steps and 2 disagree"):
+        reference_solution(gaussian_denoiser(0.3, 0.1), x_T, LinearVP(), 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = reference_solution(gaussian_denoiser(0.3, 0.5), x_T, LinearVP())
+    first, last = sigma_grid(LinearVP(), 1)
+    assert found == pytest.approx(gaussian_flow(x_T * (1 + first**2).sqrt(), first, last, 0.3, 0.5) / (1 + last**2).sqrt(), abs=1e-3)
+
+
 @pytest.mark.parametrize("wrong", [[1.0], [1.0, 1.0], [1.0, 2.0, 1.5], [0.0, 1.0], [1.0, -0.1], [2.0, 0.0, 1.0]])
 def test_grids_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="^sigmas: expected at least two"): check_sigmas(torch.tensor(wrong))
 
 
 def test_randomness_falls_and_has_a_source():
-    with pytest.raises(ValueError, match="^sigmas: euler_maruyama is stochastic"): check_noise(lambda x: x, torch.tensor([1.0, 2.0]), "euler_maruyama")
+    with pytest.raises(ValueError, match="^sigmas: euler_maruyama is stochastic"): check_noise(lambda x: x, torch.tensor([1.0, 2.0]),
+                                                                                               "euler_maruyama")
     with pytest.raises(TypeError, match="^noise: churn draws noise"): check_noise(None, torch.tensor([2.0, 1.0]), "churn")
     draws = white(torch.Generator().manual_seed(0))(torch.zeros(100_000))
     assert abs(draws.mean()) < 0.01 and draws.std().item() == pytest.approx(1, abs=0.01)

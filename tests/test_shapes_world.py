@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion_papers.topics.shapes_world import (ATTRIBUTES, COLOURS, MOST, SHAPES, TEXTURES, Factors, Judge, ShapesWorld, attributes, caption, draw_scenes,
-                                                  hashed_uniform, judge_loss, judged, scene_factors)
+from diffusion_papers.topics.shapes_world import (ATTRIBUTES, COLOURS, MOST, SHAPES, TEXTURES, Factors, Judge, ShapesWorld, attributes, caption,
+                                                  draw_scenes, hashed_uniform, judge_loss, judged, scene_factors)
 
 
 def scene(**changes):
@@ -54,7 +54,8 @@ def test_factors_are_uniform_and_no_object_leaves_the_picture():
         radius = factors.radius[factors.size == size]
         assert (radius.min().item(), radius.max().item()) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     reach = factors.place.abs() + factors.radius[..., None]
-    assert 0.94 < reach.max() <= 0.95 and (factors.angle.min().item(), factors.angle.max().item()) == (pytest.approx(-0.4, abs=1e-3), pytest.approx(0.4, abs=1e-3))
+    assert 0.94 < reach.max() <= 0.95
+    assert (factors.angle.min().item(), factors.angle.max().item()) == (pytest.approx(-0.4, abs=1e-3), pytest.approx(0.4, abs=1e-3))
     assert not torch.equal(scene_factors(range(9), seed=1).place, factors.place[:9])
 
 
@@ -101,7 +102,8 @@ def test_textures_are_stripes_and_checks_in_units_of_the_radius():
             assert pixel.tolist() == pytest.approx([2 * channel * bright - 1 for channel in COLOURS["orange"]], abs=1e-5), TEXTURES[texture]
 
 
-@pytest.mark.parametrize("background, level", [(0, lambda x, y: 0.05 + 0.2 * 0.7), (1, lambda x, y: 0.6 + 0.2 * 0.7), (2, lambda x, y: 0.15 + 0.1 * 0.7 + 0.3 * (y + 1)),
+@pytest.mark.parametrize("background, level", [(0, lambda x, y: 0.05 + 0.2 * 0.7), (1, lambda x, y: 0.6 + 0.2 * 0.7),
+                                               (2, lambda x, y: 0.15 + 0.1 * 0.7 + 0.3 * (y + 1)),
                                                (3, lambda x, y: 0.25 + 0.1 * 0.7 + 0.12 * math.copysign(1, math.sin(7 * x) * math.sin(7 * y)))])
 def test_backgrounds_are_their_formulas(background, level):
     picture = draw_scenes(scene(background=background, shade=0.7, radius=0.05), 16)[0][0]
@@ -113,7 +115,8 @@ def test_backgrounds_are_their_formulas(background, level):
 def test_a_world_is_its_scenes_in_their_range():
     world = ShapesWorld(count=50, seed=2)
     batch, factors = world.__getitems__([3, 7]), scene_factors([3, 7], 2)
-    assert torch.equal(batch["x0"], draw_scenes(factors)[0]) and torch.equal(batch["class_label"], factors.shape[:, 0]) and torch.equal(world[7]["x0"], batch["x0"][1])
+    assert torch.equal(batch["x0"], draw_scenes(factors)[0]) and torch.equal(batch["class_label"], factors.shape[:, 0])
+    assert torch.equal(world[7]["x0"], batch["x0"][1])
     pictures = world.__getitems__(list(range(50)))["x0"]
     assert pictures.min() >= -1 and pictures.max() <= 1 and pictures.max() > 0.8 and pictures.min() < -0.8
 

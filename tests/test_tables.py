@@ -3,8 +3,10 @@ import pytest
 
 from diffusion_papers.workbench.tables import Table, compared, records, spread, tabulate, values
 
-RUNS = [{"seed": 0, "minutes": 3, "rows": [{"solver": "ddim", "calls": 5, "error": 0.4}, {"solver": "heun", "calls": 5, "error": 0.1}, {"solver": "heun", "calls": 9, "error": 0.7}]},
-        {"seed": 1, "minutes": 5, "rows": [{"solver": "ddim", "calls": 5, "error": 0.2}, {"solver": "heun", "calls": 5, "error": 0.3}, {"calls": 9, "solver": "heun"}]}]
+RUNS = [{"seed": 0, "minutes": 3, "rows": [{"solver": "ddim", "calls": 5, "error": 0.4}, {"solver": "heun", "calls": 5, "error": 0.1},
+                                           {"solver": "heun", "calls": 9, "error": 0.7}]},
+        {"seed": 1, "minutes": 5, "rows": [{"solver": "ddim", "calls": 5, "error": 0.2}, {"solver": "heun", "calls": 5, "error": 0.3},
+                                           {"calls": 9, "solver": "heun"}]}]
 
 
 def test_a_spread_is_the_mean_and_half_of_the_range():
@@ -33,7 +35,8 @@ def test_values_are_one_a_seed_of_the_rows_that_fit():
 
 def test_a_table_has_a_method_in_each_row():
     table = tabulate(RUNS, {"DDIM": {"solver": "ddim"}, "Heun": {"solver": "heun"}, "none": {"solver": "euler"}},
-                     {"error": {"quantity": "error", "digits": 1, "calls": 5}, "percent": {"quantity": "error", "calls": 5, "scale": 100, "unit": " %", "digits": 0}})
+                     {"error": {"quantity": "error", "digits": 1, "calls": 5},
+                      "percent": {"quantity": "error", "calls": 5, "scale": 100, "unit": " %", "digits": 0}})
     assert table.rows == [{"": "DDIM", "error": "0.3 ±0.1", "percent": "30 ±10 %"}, {"": "Heun", "error": "0.2 ±0.1", "percent": "20 ±10 %"},
                           {"": "none", "error": "–", "percent": "–"}]
     assert tabulate(RUNS, {"DDIM": {}}, {"error": {"quantity": "error"}}, solver="ddim", seed=0).rows == [{"": "DDIM", "error": "0.40 ±0.00"}]

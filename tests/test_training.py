@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from diffusion_papers.core.data import TensorSet
-from diffusion_papers.core.training import (Batches, Draws, TrainingConfig, check_sound, checkpoint_due, fit, layout_of, lr_factor, step_seed, to_device,
-                                            update_average)
+from diffusion_papers.core.training import (Batches, Draws, TrainingConfig, check_sound, checkpoint_due, fit, layout_of, lr_factor, step_seed,
+                                            to_device, update_average)
 
 
 def course(count, **options): return [lr_factor(TrainingConfig(**options), step) for step in range(count)]
@@ -29,7 +29,7 @@ def test_a_warm_up_rises_linearly_and_is_over_after_its_steps():
     (dict(decay="cosine", steps=100, decay_steps=2), [1, 0.5, 0, 0, 0]),
     (dict(decay="halving", steps=100, decay_steps=2), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
     (dict(decay="halving", steps=3), [1, 1, 1, 0.5]),
-    (dict(decay="linear", steps=4, warmup=2), [0.5, 0.75, 0.5, 0.25])], ids=str)
+    (dict(decay="linear", steps=4, warmup=4), [0.25, 0.375, 0.375, 0.25])], ids=str)
 def test_a_learning_rate_falls_as_its_course_says(options, wanted): assert course(len(wanted), **options) == pytest.approx(wanted, abs=1e-12)
 
 
@@ -133,7 +133,8 @@ def plain_loop(config, pieces=1):
 
 
 @pytest.mark.parametrize("options", [
-    dict(ema=0.4), dict(ema=0.99, clip=100.0), dict(clip=0.1, warmup=3, decay="cosine"), dict(weight_decay=0.3, decay="halving", decay_steps=4, clip=100.0),
+    dict(ema=0.4), dict(ema=0.99, clip=100.0), dict(clip=0.1, warmup=3, decay="cosine"),
+    dict(weight_decay=0.3, decay="halving", decay_steps=4, clip=100.0),
     dict(accumulate=2, ema=0.0)], ids=str)
 def test_the_loop_is_adam_with_clipping_a_course_and_an_average(options):
     config, told = TrainingConfig(**{"steps": 12, "batch_size": 4, "lr": 0.05, "seed": 5} | options), []
@@ -151,7 +152,8 @@ def test_a_report_is_the_mean_since_the_last_one():
     "Of 300 steps every third is reported, and the ones where a checkpoint is due."
     told = []
     config = TrainingConfig(steps=300, batch_size=2, lr=1e-12, checkpoint_every=100)
-    fit(Shift(), lambda model, batch, draws: batch["x0"][:, 0] + 0 * model.scale, DATA, config, device="cpu", callback=lambda *report: told.append(report))
+    fit(Shift(), lambda model, batch, draws: batch["x0"][:, 0] + 0 * model.scale, DATA, config, device="cpu",
+        callback=lambda *report: told.append(report))
     means = [DATA[batch]["x0"][:, 0].mean().item() for batch in Batches(10, config)]
     ends = [step for step in range(1, 301) if step % 3 == 0 or step % 100 == 0]
     starts = [0, *ends]
@@ -165,6 +167,25 @@ def test_broken_runs_stop_with_the_steps_between_which_they_broke():
     with torch.no_grad(): broken.scale.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="^scale is not finite after step 5"): check_sound(0.1, broken, 3, 5)
     check_sound(0.1, Shift(), 3, 5)
+
+
+def test_a_loss_that_breaks_is_found_at_the_next_report():
+    "Of 300 steps every third is looked at."
+    steps = iter(range(300))
+    def breaking(model, batch, draws): return batch["x0"][:, 0] * 0 + model.scale * (math.nan if next(steps) == 4 else 1)
+    with pytest.raises(FloatingPointError, match="the loss is nan between steps 4 and 6"):
+        fit(Shift(), breaking, DATA, TrainingConfig(steps=300, batch_size=2), device="cpu")
+
+
+def test_a_batch_that_cannot_be_cut_evenly_is_refused():
+    with pytest.raises(ValueError, match="^batch_size: expected a multiple of 3"):
+        fit(Shift(), loss, DATA, TrainingConfig(steps=1, batch_size=4, accumulate=3), device="cpu")
+
+
+def test_more_steps_are_free_where_they_change_none_of_the_first():
+    free = lambda **options: "steps" in TrainingConfig(**options).free()
+    assert [free(), free(decay="cosine"), free(decay="cosine", decay_steps=9), free(decay="halving")] == [True, False, True, False]
+    assert "checkpoint_every" in TrainingConfig().free() and "lr" not in TrainingConfig().free()
 
 
 def test_pictures_alone_get_their_channels_last():
