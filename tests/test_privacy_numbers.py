@@ -36,6 +36,12 @@ def test_divergences_of_broken_orders_are_integrals(q, sigma, alpha):
     assert privacy.subsampled_gaussian_rdp(q, sigma, [alpha]).item() == pytest.approx(math.log(moment) / (alpha - 1), rel=1e-5)
 
 
+def test_beside_the_formula_everybody_and_nobody_take_part():
+    rdp = lambda q, sigma: privacy.subsampled_gaussian_rdp(q, sigma, [1.5, 4]).tolist()
+    assert rdp(1.0, 3.0) == pytest.approx([1.5 / 18, 4 / 18]) and rdp(0.0, 3.0) == [0, 0] and rdp(0.5, 0.0) == [math.inf] * 2
+    assert rdp(0.5, 0.005) == pytest.approx([1.5 / 5e-5, 4 / 5e-5])  # hardly any noise: the bound by everybody
+
+
 def converted(divergence, orders, delta):
     "Canonne, Kamath and Steinke (2020), proposition 12, for the best order."
     return max(0.0, min(divergence(a) + math.log((a - 1) / a) - (math.log(delta) + math.log(a)) / (a - 1) for a in orders))
@@ -117,9 +123,9 @@ def test_noise_is_of_the_clipping_norm_and_all_is_divided_by_the_expected_batch(
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_a_clipped_sum_is_that_of_a_plain_loop(clipped, chunk):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double(), torch.randn(5, 3, dtype=torch.float64)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double(), torch.randn(5, 2, 3, dtype=torch.float64)
     x[1] = math.nan
-    loss = lambda model, batch: model(batch["x"]).square().sum(1)
+    loss = lambda model, batch: model(batch["x"]).square().sum((1, 2))
     total, lengths = [0.0 for _ in model.parameters()], []
     for row in x:
         gradients = torch.autograd.grad(loss(model, {"x": row[None]})[0], list(model.parameters()))

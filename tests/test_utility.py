@@ -72,6 +72,23 @@ def test_a_classifier_is_that_of_its_best_epoch_on_a_held_out_tenth(monkeypatch,
     assert set(asked) == {40}
 
 
+def test_a_classifier_is_fitted_by_adam_on_batches_of_128(synthetic):
+    images, labels = synthetic
+    with torch.random.fork_rng():
+        torch.manual_seed(utility.step_seed(3, 1))
+        network = utility.classifier("linear", (1, 2, 2), 4)
+        optimizer, kept = torch.optim.Adam(network.parameters(), lr=0.02), torch.randperm(400)[40:]
+        order = torch.randperm(360)
+        for chosen in (order[:128], order[128:256], order[256:]):
+            optimizer.zero_grad()
+            scores = network(images[kept][chosen]).log_softmax(1)
+            (-scores[range(len(chosen)), labels[kept][chosen]].mean()).backward()
+            optimizer.step()
+    found = utility.fit_classifier("linear", images, labels, 4, epochs=1, lr=0.02, seed=3)
+    for ours, plain in zip(found.parameters(), network.parameters()): torch.testing.assert_close(ours, plain)
+    assert not found.training
+
+
 def test_utility_trains_on_the_synthetic_and_tests_on_the_real(synthetic):
     images, labels = synthetic
     real = {"x0": images[:120], "class_label": torch.where(torch.arange(120) < 90, labels[:120], (labels[:120] + 1) % 4)}
