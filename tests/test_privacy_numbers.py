@@ -123,9 +123,9 @@ def test_noise_is_of_the_clipping_norm_and_all_is_divided_by_the_expected_batch(
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_a_clipped_sum_is_that_of_a_plain_loop(clipped, chunk):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double(), torch.randn(5, 3, dtype=torch.float64)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)).double(), torch.randn(5, 2, 3, dtype=torch.float64)
     x[1] = math.nan
-    loss = lambda model, batch: model(batch["x"]).square().sum(1)
+    loss = lambda model, batch: model(batch["x"]).square().sum((1, 2))
     total, lengths = [0.0 for _ in model.parameters()], []
     for row in x:
         gradients = torch.autograd.grad(loss(model, {"x": row[None]})[0], list(model.parameters()))
