@@ -186,6 +186,12 @@ def test_free_forms_cover_a_share_between_the_bounds():
     assert len(freeform_masks(5, 16, 0.1, 0.3, seeded()).unique(dim=0)) == 5 and len(hole_pool(16, 0.1, 0.3, 250)) == 250
 
 
+def test_bounds_of_a_share_are_a_hundredth_and_a_pixel_apart():
+    for size, low, high, apart in ((32, 0.1, 0.109, "0.01"), (8, 0.1, 0.115, "0.016")):
+        with pytest.raises(ValueError, match=f"expected shares at least {apart} apart"): freeform_masks(1, size, low, high, seeded())
+    for size, low, high in ((32, 0.1, 0.11), (8, 0.1, 0.116)): assert low <= freeform_masks(1, size, low, high, seeded()).mean() <= high
+
+
 def test_masks_of_a_file_are_its_bits_row_by_row(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2, (3, 16, 16))
     packed = [sum(int(bit) << (7 - place) for place, bit in enumerate(eight)) for eight in bits.reshape(-1, 8)]

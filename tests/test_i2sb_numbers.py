@@ -153,11 +153,11 @@ def test_the_estimator_is_told_the_time_of_the_state():
 
 def test_clipped_estimates_are_what_is_stepped_to_and_told():
     schedule, told = i2sb.bridge_schedule(10, 0.3), []
-    for clip, estimate in ((True, 1.0), (False, 5.0)):
-        found = i2sb.follow_bridge(lambda x, index: 5 * ones(x), torch.zeros(1, 1, 1, 1, dtype=torch.float64), schedule, 3, clip=clip,
+    for clip, sign, estimate in ((True, 1, 1.0), (True, -1, -1.0), (False, 1, 5.0)):
+        found = i2sb.follow_bridge(lambda x, index: 5 * sign * ones(x), torch.zeros(1, 1, 1, 1, dtype=torch.float64), schedule, 3, clip=clip,
                                    callback=lambda step, x, x0: told.append(x0.item()))
         assert found.item() == pytest.approx(by_hand(schedule, estimate, 0.0, [9, 6, 3, 0], 0, None)[0])
-    assert told == [1.0] * 3 + [5.0] * 3
+    assert told == [1.0] * 3 + [-1.0] * 3 + [5.0] * 3
 
 
 def test_with_the_exact_estimator_gaussian_pictures_come_back_with_their_spread():
