@@ -251,6 +251,7 @@ def test_verdicts_on_known_pairs(other, shift, verdict):
 def test_sums_converge_if_their_increments_shrink():
     sums = lambda ratio: list(itertools.accumulate(ratio**j for j in range(9)))
     assert gaussian_fields._converges(sums(0.5)) and gaussian_fields._converges(sums(2**-0.25)) and gaussian_fields._converges([1.0] * 9)
+    assert gaussian_fields._converges(sums(2**-0.01)) is False  # its increments tend to a constant, as those of a logarithm
     assert gaussian_fields._converges(sums(1.0)) is False and gaussian_fields._converges(sums(1.5)) is False
     assert gaussian_fields._converges(sums(2**-0.15)) is None
 

@@ -410,7 +410,7 @@ def _converges(sums):
     late = [b - a for a, b in zip(sums[-4:], sums[-3:])]
     if late[-1] <= 1e-10 * max(1.0, abs(sums[-1])): return True
     slope = math.log2(late[-1] / late[0]) / (len(late) - 1) if late[0] > 0 else 1.0  # of log2 increment a doubling
-    return None if -0.2 < slope < -0.02 else slope < 0
+    return True if slope <= -0.2 else False if slope >= -0.02 else None
 
 
 def feldman_hajek(

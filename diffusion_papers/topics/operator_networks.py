@@ -228,7 +228,7 @@ class TuckerKernel(nn.Module):
     ):
         super().__init__()
         ranks, std = tucker_ranks(shape, fraction), math.sqrt(1 / (shape[0] * shape[1]))
-        spread = std**(1 / 5) / math.prod(ranks)**0.1  # so that the product has standard deviation `std`
+        spread = std**(1 / 5) / math.prod(ranks)**0.1 / math.sqrt(2)  # of both parts, so that the product has standard deviation `std`
         self.core = nn.Parameter(spread * torch.randn(*ranks, 2))
         self.factors = nn.ParameterList(spread * torch.randn(n, rank, 2) for n, rank in zip(shape, ranks))
 
