@@ -66,6 +66,11 @@ def test_a_file_keeps_a_smooth_picture_in_its_place_and_range():
     assert jpeg_file(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8), 90).flatten(1).mean(1).tolist() == [-1, 1]
 
 
+def test_a_file_holds_the_nearest_of_256_levels():
+    grey = (torch.tensor([100.9, 101.4, 3.6]) / 127.5 - 1).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
+    assert ((jpeg_file(grey, 100) + 1) * 127.5).mean((1, 2, 3)).tolist() == pytest.approx([101, 101, 4], abs=1e-3)
+
+
 # ---- lost resolution and blur
 
 

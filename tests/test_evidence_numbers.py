@@ -119,6 +119,16 @@ def test_a_wiener_filter_has_the_gaussians_kernel_and_reflected_edges():
         np.testing.assert_allclose(found[..., channel], expected, atol=1e-6)
 
 
+def test_a_library_enlarges_the_first_pixel_of_each_square_and_continues_a_slope_into_a_hole():
+    squares = np.zeros((16, 24, 3))
+    squares[::4, ::4] = [0.25, 0.5, 1]
+    np.testing.assert_allclose(bridge._bicubic(squares, None, None), np.broadcast_to([0.25, 0.5, 1], (16, 24, 3)), atol=1e-9)
+    row, column = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, 1, 20), indexing="ij")
+    slope, hole = np.stack([row, column, (row + column) / 2], axis=-1), np.zeros((16, 20), bool)
+    hole[5:9, 6:12] = True
+    np.testing.assert_allclose(bridge._biharmonic(np.where(hole[..., None], 0, slope), hole, None), slope, atol=1e-6)
+
+
 # ---- headlines
 
 

@@ -415,6 +415,12 @@ def test_a_noisy_start_of_a_picture_has_unit_noise_and_the_network_sees_it_clean
     assert (asked[0][2] == 0.5).all() and (asked[0][0] - 0.5).std().item() == pytest.approx(1, abs=0.03)
 
 
+def test_a_seed_is_of_the_noise_along_the_way():
+    model, picture = spied(replace(COLOUR, path="stochastic"))[0], torch.zeros(3, 64, 64)
+    one, again, other = (i2sb.restore(picture, "jpeg", model=model, calls=2, seed=seed, progress=False) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
 def test_a_small_picture_is_enlarged_before_it_is_restored():
     model, asked = spied(replace(COLOUR, task="sr4x", conditional=True, path="deterministic"))
     picture = torch.rand(3, 16, 16, generator=seeded()) * 2 - 1
