@@ -66,6 +66,11 @@ def test_a_file_keeps_a_smooth_picture_in_its_place_and_range():
     assert jpeg_file(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 3, 8, 8), 90).flatten(1).mean(1).tolist() == [-1, 1]
 
 
+def test_a_file_holds_the_nearest_of_256_levels():
+    grey = (torch.tensor([100.9, 101.4, 3.6]) / 127.5 - 1).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
+    assert ((jpeg_file(grey, 100) + 1) * 127.5).mean((1, 2, 3)).tolist() == pytest.approx([101, 101, 4], abs=1e-3)
+
+
 # ---- lost resolution and blur
 
 
@@ -156,7 +161,8 @@ def test_a_pixel_is_near_a_segment_as_its_distance_says():
     starts, ends, radii = torch.tensor([[2.0, 3.0], [9.0, 1.0]]), torch.tensor([[8.0, 10.0], [1.0, 6.5]]), torch.tensor([1.3, 2.2])
     found = corruptions._near_segment(starts, ends, radii, 12)
     for number in range(2):
-        expected = [[distance(row, column, starts[number].tolist(), ends[number].tolist()) < radii[number].item() for column in range(12)] for row in range(12)]
+        start, end, radius = starts[number].tolist(), ends[number].tolist(), radii[number].item()
+        expected = [[distance(row, column, start, end) < radius for column in range(12)] for row in range(12)]
         assert found[number].tolist() == expected
 
 
@@ -168,7 +174,8 @@ def test_strokes_are_broken_lines_in_proportion_to_the_picture():
     radii, turns, begins, lengths, places = draw(count), draw(count, 11), draw(count, 1), draw(count, 11), draw(count, 1, 2)
     found = corruptions._strokes(count, size, seeded(3))
     for number in range(count):
-        here, angle, expected = [size * value for value in places[number, 0].tolist()], 2 * math.pi * begins[number].item(), np.zeros((size, size), bool)
+        here, angle = [size * value for value in places[number, 0].tolist()], 2 * math.pi * begins[number].item()
+        expected = np.zeros((size, size), bool)
         radius = (4 + 16 * radii[number].item()) / 256 * size
         for segment in range(segments[number]):
             angle += math.pi * (turns[number, segment].item() - 0.5)

@@ -67,9 +67,11 @@ def test_gains_are_positive_where_the_model_is_better(monkeypatch):
     monkeypatch.setattr(bridge, "photographs", lambda split: measures)
     monkeypatch.setattr(bridge, "tuned", lambda task: 0.02); monkeypatch.setattr(bridge, "shipped", lambda task: None)
     seen = []
-    monkeypatch.setattr(bridge, "photograph_measures", lambda name, task, restorers, count: seen.append((list(restorers), count)) or torch.cat([measures[name][100:101], measures[name][1:]]))
+    monkeypatch.setattr(bridge, "photograph_measures", lambda name, task, restorers, count: (
+        seen.append((list(restorers), count)) or torch.cat([measures[name][100:101], measures[name][1:]])))
     found = bridge.study_photographs({"task": "jpeg", "count": 5})
-    assert seen[0] == (["degraded", "library", "bridge, 1 call", "bridge, 10 calls"], 5) and found["settings"] == 0.02 and found["methods"] == seen[0][0]
+    assert seen[0] == (["degraded", "library", "bridge, 1 call", "bridge, 10 calls"], 5)
+    assert found["settings"] == 0.02 and found["methods"] == seen[0][0]
     np.testing.assert_allclose(found["values"], numbers + 1, rtol=1e-5)
     np.testing.assert_allclose(found["gains"], [[7, 0.4, 7], [3, 0.3, 3], [0, 0.2, 0], [1, 0, -1]], atol=1e-5)
     np.testing.assert_allclose(found["photographs"], torch.stack([numbers, numbers + 2]), rtol=1e-5)
@@ -80,8 +82,10 @@ def test_gains_are_positive_where_the_model_is_better(monkeypatch):
 
 def test_a_study_of_noise_tells_both_measures_at_both_budgets(monkeypatch):
     measures, trained = torch.arange(6.0).reshape(1, 2, 3), []
-    monkeypatch.setattr(bridge, "photographs", lambda split: {"a": 0, "b": 1}); monkeypatch.setattr(bridge, "train", lambda config, device: trained.append(config))
-    monkeypatch.setattr(bridge, "photograph_measures", lambda name, task, restorers, resamples, count: measures + (name == "b") if (task, list(restorers), resamples) == ("sr4x", [1, 10], 0) else None)
+    monkeypatch.setattr(bridge, "photographs", lambda split: {"a": 0, "b": 1})
+    monkeypatch.setattr(bridge, "train", lambda config, device: trained.append(config))
+    monkeypatch.setattr(bridge, "photograph_measures", lambda name, task, restorers, resamples, count: (
+        measures + (name == "b") if (task, list(restorers), resamples) == ("sr4x", [1, 10], 0) else None))
     assert bridge.study_noise({"way": "the paper's noise", "seed": 4, "steps": 3}) == {"psnr": [0.5, 3.5], "distance": [1.5, 4.5]}
     assert (trained[0].interval, trained[0].beta_max, trained[0].seed, trained[0].training.steps, trained[0].stochastic) == (1000, 0.3, 4, 3, True)
 
@@ -116,6 +120,34 @@ def test_a_wiener_filter_has_the_gaussians_kernel_and_reflected_edges():
         np.testing.assert_allclose(found[..., channel], expected, atol=1e-6)
 
 
+<<<<<<< HEAD
+=======
+def test_a_library_enlarges_the_first_pixel_of_each_square_and_continues_a_slope_into_a_hole():
+    squares = np.zeros((16, 24, 3))
+    squares[::4, ::4] = [0.25, 0.5, 1]
+    np.testing.assert_allclose(bridge._bicubic(squares, None, None), np.broadcast_to([0.25, 0.5, 1], (16, 24, 3)), atol=1e-9)
+    row, column = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, 1, 20), indexing="ij")
+    slope, hole = np.stack([row, column, (row + column) / 2], axis=-1), np.zeros((16, 20), bool)
+    hole[5:9, 6:12] = True
+    np.testing.assert_allclose(bridge._biharmonic(np.where(hole[..., None], 0, slope), hole, None), slope, atol=1e-6)
+
+
+# ---- headlines
+
+
+@pytest.mark.parametrize("module, study, what, rivals, ratio", [
+    (bridge, "digits", {"calls": 2}, ("from noise", "bridge"), lambda many, few: np.mean([a / b for a, b in zip(many, few)])),
+    (private, "claim", {"way": "ddim"}, ("digits", "digits, K = 1"), lambda many, few: np.mean([a / b for a, b in zip(many, few)]))])
+def test_headlines_are_mean_ratios_of_stored_results(module, study, what, rivals, ratio):
+    experiments = json.loads((RESULTS / f"{module.__name__.rsplit('.', 1)[1]}.json").read_text())["experiments"]
+    def numbers(variant):
+        runs = [e for e in experiments if e["setting"]["study"] == study and e["setting"]["variant"] == variant]
+        runs = sorted(runs, key=lambda e: e["setting"]["seed"])
+        return [row["frechet"] for run in runs for row in run["result"]["rows"] if what.items() <= row.items()]
+    assert f" {ratio(*map(numbers, rivals)):.2f} " in module.headline()
+
+
+>>>>>>> mut_i2sb_dpdm
 # ---- private diffusion
 
 
@@ -123,7 +155,8 @@ def test_a_bound_of_epsilon_is_that_of_exact_limits():
     "At a threshold that parts the scores, by SciPy's exact binomial test; both sides count."
     stats = pytest.importorskip("scipy.stats")
     limits = lambda hits, runs: stats.binomtest(hits, runs).proportion_ci(0.95, method="exact")
-    cases = [((0, 400), (300, 100)), ((20, 380), (390, 10)), ((1, 399), (1, 399)), ((100, 300), (400, 0))]  # above and below, without and with the person
+    # above and below, without and with the person
+    cases = [((0, 400), (300, 100)), ((20, 380), (390, 10)), ((1, 399), (1, 399)), ((100, 300), (400, 0))]
     for (alarms, quiet), (hits, missed) in cases:
         scores = lambda above, below: torch.tensor([value for value, count in ((1.0, above), (0.0, below)) for _ in range(2 * count)])
         ratios = [(limits(hits, 400).low - 1e-3) / limits(alarms, 400).high, (limits(quiet, 400).low - 1e-3) / limits(missed, 400).high]
@@ -135,7 +168,8 @@ def test_a_bound_of_epsilon_is_that_of_exact_limits():
 def test_scores_of_an_attack_are_what_the_step_adds_up_to(sabotage, mean, spread):
     "Three steps: a direction of length 1 a step, 8 for a person of eight clipped draws; noise of 1/2 in each."
     plan, generator = Mechanism(1, 1.0, 0.5, 1e-3, 3, randomness="public"), public_generator(0)
-    absent, present = (np.array([private.attack_score(plan, sabotage, there, generator) for _ in range(40 if spread else 3)]) for there in (False, True))
+    absent, present = (np.array([private.attack_score(plan, sabotage, there, generator) for _ in range(40 if spread else 3)])
+                       for there in (False, True))
     deviation = spread * 0.5 * math.sqrt(3)
     assert absent.mean() == pytest.approx(0, abs=0.6 * deviation + 1e-6) and present.mean() == pytest.approx(mean, abs=0.6 * deviation + 0.01)
     for scores in (absent, present): assert scores.std() == pytest.approx(deviation, rel=0.4, abs=0.01)
@@ -146,7 +180,8 @@ def test_the_loss_of_a_picture_is_its_expectation_over_levels_and_noise():
     model = dpdm.PrivateDenoiser(nn.Linear(1, 1), dpdm.DIGITS)
     model.network.forward = lambda x, label, class_label: seen.append(class_label) or torch.zeros_like(x)
     seen, power = [], torch.tensor([0.0, 0.5, 1.0])
-    found = private.picture_losses(model, {"x0": power.repeat(90).reshape(-1, 1, 1, 1).expand(270, 1, 8, 8), "class_label": torch.arange(270) % 10}, draws=64)
+    batch = {"x0": power.repeat(90).reshape(-1, 1, 1, 1).expand(270, 1, 8, 8), "class_label": torch.arange(270) % 10}
+    found = private.picture_losses(model, batch, draws=64)
     levels = np.exp(-1.2 + 1.2 * np.linspace(-6, 6, 4001))
     weights = np.exp(-0.5 * np.linspace(-6, 6, 4001) ** 2)
     expected = [np.average((x0**2 * levels**2 + 1 / 9) / ((levels**2 + 1 / 3) / 3), weights=weights) for x0 in power.tolist()]
@@ -166,7 +201,8 @@ def test_membership_is_the_chance_that_a_seen_picture_has_the_smaller_loss(monke
 
 
 def test_noise_of_a_step_grows_with_the_root_of_the_parameters(monkeypatch):
-    monkeypatch.setattr(private, "train", lambda config, device: SimpleNamespace(parameters=lambda: [torch.zeros(30, 10), torch.zeros(100)], guarantee={"mechanism": {"examples": 1438}}))
+    monkeypatch.setattr(private, "train", lambda config, device: SimpleNamespace(
+        parameters=lambda: [torch.zeros(30, 10), torch.zeros(100)], guarantee={"mechanism": {"examples": 1438}}))
     monkeypatch.setattr(private, "_measured", lambda model, seed: {})
     found = private.study_width({"width": 24, "seed": 0, "smaller": {"noise_multiplier": 7.0}})
     assert found == {"parameters": 400, "noise_norm": pytest.approx(7 * 20 / 719)}

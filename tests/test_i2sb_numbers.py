@@ -71,7 +71,8 @@ def test_variances_are_those_of_a_plain_loop(steps, beta_max, symmetric):
 
 def test_a_schedule_that_cannot_be_mirrored_or_would_fall_is_refused():
     with pytest.raises(ValueError, match="steps: expected an even number"): i2sb.bridge_schedule(11)
-    with pytest.raises(ValueError, match="beta_max: expected at least 0.1, below which a ramp of 1000 steps falls"): i2sb.bridge_schedule(1000, 0.0999)
+    with pytest.raises(ValueError, match="beta_max: expected at least 0.1, below which a ramp of 1000 steps falls"):
+        i2sb.bridge_schedule(1000, 0.0999)
     assert i2sb.bridge_schedule(1000, 0.1001).betas[:500].diff().min() > 0
 
 
@@ -271,7 +272,8 @@ def test_the_loss_from_noise_is_that_of_the_prediction(prediction, task):
     config = DIGITS.override(task=task, method="diffusion", prediction=prediction)
     x0 = pictures(2000)
     loss, x, t, x1 = loss_and_what_was_asked(config, x0, lambda x: 0.25 * ones(x))
-    assert 1e-3 <= t.min() < 3e-3 and t.max() > 0.998 and t.mean().item() == pytest.approx(0.5, abs=0.02) and t.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    assert 1e-3 <= t.min() < 3e-3 and t.max() > 0.998
+    assert t.mean().item() == pytest.approx(0.5, abs=0.02) and t.std().item() == pytest.approx(12**-0.5, abs=0.01)
     alpha, sigma = (value.float()[:, None, None, None] for value in alpha_and_sigma(t.double()))
     noise = (x - alpha * x0) / sigma
     late = t > 0.1  # where division by sigma loses no digits
@@ -379,7 +381,8 @@ def test_an_evaluation_says_what_was_restored(monkeypatch):
 
 
 def test_a_sample_is_damaged_restored_and_clean(monkeypatch):
-    monkeypatch.setattr(i2sb, "restore_images", lambda model, x1, mask, **options: torch.full_like(x1, 1.5 if options == {"calls": 2, "seed": 3} else 0))
+    monkeypatch.setattr(i2sb, "restore_images", lambda model, x1, mask, **options:
+                        torch.full_like(x1, 1.5 if options == {"calls": 2, "seed": 3} else 0))
     found = i2sb.sample(i2sb.build(DIGITS), 4, calls=2, seed=3)
     clean = digits("test").tensors["x0"][:4]
     assert torch.equal(found[8:], clean) and (found[4:8] == 1).all()
@@ -413,6 +416,12 @@ def test_a_noisy_start_of_a_picture_has_unit_noise_and_the_network_sees_it_clean
     model, asked = spied(replace(COLOUR, conditional=True, noisy_start=True, path="deterministic"))
     i2sb.restore(torch.full((3, 64, 64), 0.5), "jpeg", model=model, calls=1, progress=False)
     assert (asked[0][2] == 0.5).all() and (asked[0][0] - 0.5).std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_a_seed_is_of_the_noise_along_the_way():
+    model, picture = spied(replace(COLOUR, path="stochastic"))[0], torch.zeros(3, 64, 64)
+    one, again, other = (i2sb.restore(picture, "jpeg", model=model, calls=2, seed=seed, progress=False) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_a_small_picture_is_enlarged_before_it_is_restored():

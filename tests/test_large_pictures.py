@@ -64,7 +64,8 @@ def test_noise_belongs_to_a_place_and_to_a_call():
     like = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
     whole, part = noise_of_place(5, range(96), slice(0, 80), 80, 16), noise_of_place(5, range(32, 80), slice(16, 70), 80, 16)
     draws = [(whole(like), part(like)) for _ in range(3)]
-    for everywhere, here in draws: assert here.shape == (1, 3, 48, 54) and torch.equal(everywhere[:, :, 32:80, 16:70], here) and here.dtype == torch.float64
+    for everywhere, here in draws:
+        assert here.shape == (1, 3, 48, 54) and here.dtype == torch.float64 and torch.equal(everywhere[:, :, 32:80, 16:70], here)
     assert not torch.equal(draws[0][0], draws[1][0]) and not torch.equal(draws[0][0][:, :, :16], draws[0][0][:, :, 16:32])
     assert not torch.equal(draws[0][0], noise_of_place(6, range(96), slice(0, 80), 80, 16)(like))
     values = torch.cat([everywhere.flatten() for everywhere, _ in draws])

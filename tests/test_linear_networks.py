@@ -44,12 +44,14 @@ def test_an_embedding_knows_level_and_class(classes):
     labels, numbers = torch.tensor([-1.2, 0.3, 7.0], dtype=torch.float64), torch.tensor([0, 3, 4])
     for given, of in ((numbers, numbers.tolist()), (None, [4] * 3)):
         found = module(labels, given)
-        for row, label, number in zip(found, labels.tolist(), of): torch.testing.assert_close(row, embedded(module, label, number), rtol=1e-5, atol=1e-6)
+        for row, label, number in zip(found, labels.tolist(), of):
+            torch.testing.assert_close(row, embedded(module, label, number), rtol=1e-5, atol=1e-6)
 
 
 def test_a_perceptron_is_the_one_written_out():
     network = scattered(Perceptron(PerceptronConfig(channels=2, size=4, classes=3, width=10, blocks=2, waves=6)))
-    x, labels, numbers = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 2.0, -1.0]).double(), [2, 0, 3]
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels, numbers = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64), [2, 0, 3]
     found = network(x, labels, torch.tensor(numbers))
     for image, label, number, answer in zip(x, labels.tolist(), numbers, found):
         embedding, hidden = embedded(network.embedding, label, number), affine(network.input, image.flatten())
@@ -67,7 +69,8 @@ def test_a_mixer_works_along_patches_and_then_along_channels():
         hidden = torch.stack([blocked(along_patches, channel, embedding) for channel in hidden.T]).T
         hidden = torch.stack([blocked(along_channels, patch, embedding) for patch in hidden])
     expected = torch.zeros(2, 6, 6, dtype=torch.float64)
-    for (row, column), patch in zip(corners, affine(network.output, silu(hidden))): expected[:, row:row + 2, column:column + 2] = patch.reshape(2, 2, 2)
+    for (row, column), patch in zip(corners, affine(network.output, silu(hidden))):
+        expected[:, row:row + 2, column:column + 2] = patch.reshape(2, 2, 2)
     torch.testing.assert_close(network(x, torch.tensor([label]).double(), torch.tensor([1]))[0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -75,6 +78,7 @@ def test_networks_begin_at_zero_and_blocks_as_the_identity():
     torch.manual_seed(0)
     for network, shape in ((Perceptron(PerceptronConfig(strength=0.7)), (1, 8, 8)), (Mixer(MixerConfig(strength=0.7)), (3, 32, 32))):
         assert (network(torch.randn(2, *shape), torch.zeros(2)) == 0).all()
-        assert network.embedding.mix.weight.std().item() == pytest.approx(0.7, abs=0.03) and network.embedding.class_vector.weight.std().item() == pytest.approx(1, abs=0.2)
+        assert network.embedding.mix.weight.std().item() == pytest.approx(0.7, abs=0.03)
+        assert network.embedding.class_vector.weight.std().item() == pytest.approx(1, abs=0.2)
     hidden = torch.randn(4, 7)
     assert torch.equal(Block(7, 3)(hidden, torch.randn(4, 3)), hidden)

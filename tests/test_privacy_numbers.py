@@ -31,7 +31,9 @@ def test_divergences_of_whole_orders_are_binomial_sums(q, sigma):
 @pytest.mark.parametrize("q, sigma, alpha", [(0.07, 2.5, 1.1), (0.5, 1.0, 3.7), (0.01, 0.8, 5.5)])
 def test_divergences_of_broken_orders_are_integrals(q, sigma, alpha):
     integrate = pytest.importorskip("scipy.integrate")
-    def density(x): return math.exp(-0.5 * (x / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi)) * (1 - q + q * math.exp((2 * x - 1) / (2 * sigma**2))) ** alpha
+    def density(x):
+        normal = math.exp(-0.5 * (x / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+        return normal * (1 - q + q * math.exp((2 * x - 1) / (2 * sigma**2))) ** alpha
     moment = sum(integrate.quad(density, low, low + 2, epsabs=1e-13)[0] for low in range(-30, 50, 2))
     assert privacy.subsampled_gaussian_rdp(q, sigma, [alpha]).item() == pytest.approx(math.log(moment) / (alpha - 1), rel=1e-5)
 
@@ -76,7 +78,8 @@ def test_a_budget_asks_for_the_least_noise(target):
 def test_a_mechanism_knows_its_batch_and_its_price_so_far():
     plan = Mechanism(2000, 0.15, 20.0, 1e-4, 300, "rdp_wide")
     assert plan.expected_batch == pytest.approx(300)
-    assert plan.epsilon(7) == privacy.epsilon_spent(0.15, 20.0, 7, 1e-4, "rdp_wide") < plan.epsilon() == privacy.epsilon_spent(0.15, 20.0, 300, 1e-4, "rdp_wide")
+    assert plan.epsilon(7) == privacy.epsilon_spent(0.15, 20.0, 7, 1e-4, "rdp_wide") < plan.epsilon()
+    assert plan.epsilon() == privacy.epsilon_spent(0.15, 20.0, 300, 1e-4, "rdp_wide")
     Mechanism(9999, delta=1e-4)
     with pytest.raises(ValueError, match="delta: expected less than 1/N"): Mechanism(10_000, delta=1e-4)
 
@@ -145,7 +148,8 @@ class Turned(nn.Module):
 
 @pytest.mark.parametrize("layers", [
     lambda: (nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.GroupNorm(2, 4, eps=0.1)),
-    lambda: (nn.Conv2d(2, 4, 3, padding="same"), Turned()), lambda: (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", bias=False), nn.GroupNorm(4, 4, eps=0.01)),
+    lambda: (nn.Conv2d(2, 4, 3, padding="same"), Turned()),
+    lambda: (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", bias=False), nn.GroupNorm(4, 4, eps=0.01)),
     lambda: (nn.Conv2d(2, 3, 3), nn.Flatten(2), nn.Linear(36, 5), nn.LayerNorm(5))])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_gradients_by_layer_are_those_of_each_example_alone(layers, draws):
@@ -156,4 +160,5 @@ def test_gradients_by_layer_are_those_of_each_example_alone(layers, draws):
     found = privacy.gradients_by_layer(model, loss, {"x": x})
     for index in range(3):
         alone = torch.autograd.grad(loss(model, {"x": x[index:index + 1]}).sum(), list(model.parameters()))
-        for (name, _), expected in zip(model.named_parameters(), alone): torch.testing.assert_close(found[name][index], expected, rtol=1e-7, atol=1e-10)
+        for (name, _), expected in zip(model.named_parameters(), alone):
+            torch.testing.assert_close(found[name][index], expected, rtol=1e-7, atol=1e-10)

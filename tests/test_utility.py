@@ -24,7 +24,8 @@ def test_glyphs_are_their_forms_drawn_finely():
         x, y = math.cos(angle) * dx + math.sin(angle) * dy, math.cos(angle) * dy - math.sin(angle) * dx
         away = (x**2 + y**2).sqrt()
         bars = (x.abs() < s) & (y.abs() < r) | (y.abs() < s) & (x.abs() < r)
-        inside = {"disc": away < 0.8 * r, "ring": (away > r - s) & (away < r + s), "square": (x.abs() < 0.8 * r) & (y.abs() < 0.8 * r), "plus": bars, "cross": bars,
+        inside = {"disc": away < 0.8 * r, "ring": (away > r - s) & (away < r + s), "square": (x.abs() < 0.8 * r) & (y.abs() < 0.8 * r),
+                  "plus": bars, "cross": bars,
                   "triangle": (y < 0.5 * r) & (0.866 * x - 0.5 * y < 0.5 * r) & (-0.866 * x - 0.5 * y < 0.5 * r)}[form]
         share = inside.float().reshape(size, fine, size, fine).mean((1, 3))
         off = found["x0"][number, 0] - (2 * share - 1)
@@ -42,7 +43,8 @@ def test_classifiers_have_the_papers_sizes():
     assert count("convolutional", (1, 28, 28), 10) == convolutions + 128 * 64 * 9 + 128 + 128 * 9 * 128 + 128 + 128 * 10 + 10  # 28, 26, 13, 11, 5, 3
     assert count("convolutional", (1, 8, 8), 10) == convolutions + 64 * 4 * 128 + 128 + 128 * 10 + 10  # 8, 8, 4, 4, 2
     rates = [part.p for part in utility.classifier("convolutional", (1, 8, 8), 10, 0.25) if isinstance(part, nn.Dropout)]
-    assert rates == [0.25] * 3 and [part.p for part in utility.classifier("convolutional", (1, 8, 8), 10) if isinstance(part, nn.Dropout)] == [0.5] * 3
+    assert rates == [0.25] * 3
+    assert [part.p for part in utility.classifier("convolutional", (1, 8, 8), 10) if isinstance(part, nn.Dropout)] == [0.5] * 3
 
 
 def test_accuracy_is_the_share_of_right_answers():
