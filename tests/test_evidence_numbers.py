@@ -120,8 +120,6 @@ def test_a_wiener_filter_has_the_gaussians_kernel_and_reflected_edges():
         np.testing.assert_allclose(found[..., channel], expected, atol=1e-6)
 
 
-<<<<<<< HEAD
-=======
 def test_a_library_enlarges_the_first_pixel_of_each_square_and_continues_a_slope_into_a_hole():
     squares = np.zeros((16, 24, 3))
     squares[::4, ::4] = [0.25, 0.5, 1]
@@ -132,22 +130,6 @@ def test_a_library_enlarges_the_first_pixel_of_each_square_and_continues_a_slope
     np.testing.assert_allclose(bridge._biharmonic(np.where(hole[..., None], 0, slope), hole, None), slope, atol=1e-6)
 
 
-# ---- headlines
-
-
-@pytest.mark.parametrize("module, study, what, rivals, ratio", [
-    (bridge, "digits", {"calls": 2}, ("from noise", "bridge"), lambda many, few: np.mean([a / b for a, b in zip(many, few)])),
-    (private, "claim", {"way": "ddim"}, ("digits", "digits, K = 1"), lambda many, few: np.mean([a / b for a, b in zip(many, few)]))])
-def test_headlines_are_mean_ratios_of_stored_results(module, study, what, rivals, ratio):
-    experiments = json.loads((RESULTS / f"{module.__name__.rsplit('.', 1)[1]}.json").read_text())["experiments"]
-    def numbers(variant):
-        runs = [e for e in experiments if e["setting"]["study"] == study and e["setting"]["variant"] == variant]
-        runs = sorted(runs, key=lambda e: e["setting"]["seed"])
-        return [row["frechet"] for run in runs for row in run["result"]["rows"] if what.items() <= row.items()]
-    assert f" {ratio(*map(numbers, rivals)):.2f} " in module.headline()
-
-
->>>>>>> mut_i2sb_dpdm
 # ---- private diffusion
 
 
