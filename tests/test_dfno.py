@@ -597,9 +597,19 @@ def test_a_demonstration_compares_one_call_with_the_best_solver(monkeypatch, two
     np.testing.assert_allclose(shown.images["student, 1 call"], (2 - 1e-3) * noise, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver, calls, asked", [("ddim", 2, 2), ("heun", 8, 8), ("s_pndm", 8, 8), ("adams_bashforth", 4, 4), ("dpm_solver_pp", 4, 4)])
+def test_a_rival_asks_the_teacher_as_often_as_it_may(solver, calls, asked):
+    noise, count = noise_for(range(6), (1, 8, 8), 5), []
+    class Counting(Gaussian):
+        def forward(self, x, sigma, **cond): count.append(1); return super().forward(x, sigma, **cond)
+    found = evidence.solver_samples(doubling(), Counting(), noise, {"sampler": solver, "calls": calls, "exponent": 2.0})
+    assert len(count) == asked
+    if solver == "ddim": np.testing.assert_allclose(found, ddim(noise.double().numpy(), times_of(2))[:, -1], atol=1e-4)
+
+
 def test_three_seeds_of_everything_are_stored():
     counts = {study: sum(setting["study"] == study for setting in evidence.EXPERIMENTS) for study in evidence.STUDIES}
-    assert counts == {"claim": 3, "ablation": 45, "scenes": 3} and {setting["seed"] for setting in evidence.EXPERIMENTS} == {0, 1, 2}
+    assert counts == {"claim": 3, "ablation": 45, "scenes": 3, "rivals": 6} and {setting["seed"] for setting in evidence.EXPERIMENTS} == {0, 1, 2}
 
 
 def test_studies_train_and_measure_what_they_say(monkeypatch):

@@ -694,7 +694,9 @@ def test_a_demonstration_compares_equal_budgets(monkeypatch):
     x_T = torch.randn(16, 1, 8, 8, generator=seeded(5)).double().numpy()
     np.testing.assert_allclose(shown.images["GENIE, 5 calls"], walked("genie", x_T, levels(5)), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(shown.images["where the equation leads"], exact(x_T, *gamma_at([1, 1e-3])), atol=2e-4)
-    worse["genie", 20] = 3  # at one of the budgets
+    worse["genie", 20] = 3  # where others are ahead anyway
+    assert evidence.demonstrate().holds
+    worse["genie", 5] = 2.3  # 0.92 of the best other
     assert not evidence.demonstrate().holds
 
 

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+from diffusion_papers.workbench.files import whole_file
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 180  # seconds for the tests of one fault
 TEST = ["-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
@@ -57,9 +59,10 @@ def survives(folder, fault, tests):
     file = place(folder, fault["module"])
     whole = file.read_text()
     try:
-        file.write_text(whole.replace(fault["text"], fault["replacement"]))
+        with whole_file(file) as unfinished: unfinished.write_text(whole.replace(fault["text"], fault["replacement"]))
         return passes(folder, tests)
-    finally: file.write_text(whole)
+    finally:
+        with whole_file(file) as unfinished: unfinished.write_text(whole)
 
 
 def main(wanted):
