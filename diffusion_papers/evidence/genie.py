@@ -262,7 +262,7 @@ def _bench_latency(device):
         model = load_pretrained(name, device)
         x_T = torch.randn(batch, *model.shape, device=device)
         mine, theirs = (functools.partial(sample, model, x_T=x_T, solver=solver, calls=calls) for solver in ("genie", rival))
-        return {"what": what, "samples": batch, "calls": calls, **paired(mine, theirs, device=device)}
+        return {"what": what, "samples": batch, "calls": calls, **paired(mine, theirs, 16 if batch == 1 else 4, device=device)}
     rivals = {(data, calls): against(CLAIMS[f"{data}, error, {calls} calls"], runs).rival["solver"] for data in ("digits", "scenes") for calls in (5, 10)}
     return {what: functools.partial(row, what, f"genie_{'shapes' if data == 'scenes' else data}", batch, calls, rival)
             for (data, calls), rival in rivals.items() for batch in (1, 64)
