@@ -70,7 +70,7 @@ PROBES = {"claim": [{"variant": variant, "seed": 0, "smaller": {"training.steps"
 # %% ../../nbs/evidence/08_ddo.ipynb #24f92e6a
 BASELINES = {"variant white": "an ordinary diffusion model: same network, data and steps; its noise as it is, and multiplied by the ratio of the grids"}
 CLAIMS = {f"error of the spectrum, {points} points": Claim(
-    "spectrum", {"study": "claim", "variant": "field", "way": "sde", "points": points}, {"study": "claim", "points": points, "way": ("sde", "rescaled")},
+    "spectrum", {"study": "claim", "variant": "field", "way": "sde", "points": points}, {"study": "claim", "points": points, "calls": range(1, 51)},
     ("variant", "way"), {"fields": {"variant": tuple(name for name in VARIANTS if name != "white")}}) for points in (128, 64, 32)}
 
 # %% ../../nbs/evidence/08_ddo.ipynb #d24e37c9

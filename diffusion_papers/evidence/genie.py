@@ -254,7 +254,7 @@ def _bench_solver(device, calls=10, batch=32):
     def row(what, loop): return {"what": what, **paired(loop, bare, device=device)}
     return {what: functools.partial(row, what, loop) for what, loop in loops.items()}
 
-
+# %% ../../nbs/evidence/01_genie.ipynb #b5048df2
 def _bench_latency(device):
     "Parts: GENIE against the solver that comes nearest with as many calls, for one sample and for 64."
     runs = select(load_results("genie"))
