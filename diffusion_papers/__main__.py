@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PROGRAM', 'WORDS', 'ELSEWHERE', 'KEPT', 'PRIVATE_DATA', 'DEVICE', 'ON_CPU', 'MODEL', 'SET', 'KNOWN', 'FAULTS',
            'SMALLER', 'pair', 'kinds_of', 'settable', 'arguments_of', 'lines_of', 'fitting', 'read_value', 'converted',
-           'overridden', 'do_list', 'check_spared', 'do_train', 'do_sample', 'write_pictures', 'do_evaluate',
-           'positional', 'comments_of', 'do_hook', 'do_results', 'do_demo', 'do_spent', 'do_bench', 'do_scale',
-           'fields_of', 'values_of', 'add_command', 'add_train', 'add_hook', 'parser', 'one_line', 'main']
+           'overridden', 'do_list', 'check_spared', 'do_train', 'do_sample', 'sample_pieces', 'write_pictures',
+           'do_evaluate', 'divided', 'published_rows', 'positional', 'comments_of', 'do_hook', 'do_results', 'do_demo',
+           'do_spent', 'do_bench', 'do_scale', 'fields_of', 'values_of', 'values_of_measures', 'add_command',
+           'add_train', 'add_hook', 'parser', 'one_line', 'main']
 
 # %% ../nbs/command_line.ipynb #7763f184
 import signal
@@ -33,7 +34,7 @@ from types import NoneType
 
 import torch
 
-from .workbench.checks import check_device, check_range
+from .workbench.checks import check_choice, check_device, check_range
 from .workbench.configs import Config, describe
 from .workbench.files import check_output, whole_file
 from .workbench.registry import UnfinishedPaper, evidence, hooks, in_the_making, lacking, paper, papers
@@ -183,6 +184,9 @@ def _check_network(args, module, config):
         raise ValueError(f"--set: no network can be built with {said} ({one_line(error)})") from error
 
 # %% ../nbs/command_line.ipynb #f5dd6d9c
+def _rank(): return int(os.environ.get("RANK", 0))  # of this process, where several share a command
+
+
 KEPT = ("config.json", "ledger.json", "run.safetensors", "run.previous.safetensors")
 
 
@@ -206,11 +210,11 @@ def do_train(args):
     for written in (path, path.with_suffix(".json")): check_spared(written)
     _check_network(args, module, config)
     options = {} if args.workers is None else {"workers": check_range(args.workers, "--workers", 0, 1000)}
-    if why := getattr(module, "unmeasured", lambda config: "")(config):
+    if why := "that was not wanted (--unmeasured)" if args.unmeasured else getattr(module, "unmeasured", lambda config: "")(config):
         print(f"the model will not be measured at the end: {why}", file=sys.stderr)
     began = time.perf_counter()
     model = module.train(config, folder, resume=args.resume, device=args.device, **options)
-    if int(os.environ.get("RANK", 0)): return  # of several processes the first writes
+    if _rank(): return  # of several processes the first writes
     module.save_model(path, model.half() if args.half else model)
     about = {"command": "python -m diffusion_papers " + shlex.join(args.command_line), "config": config.to_dict(),
              "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2), "resumed": args.resume}
@@ -237,12 +241,21 @@ def do_sample(args):
     "Draw samples into a file."
     from diffusion_papers.workbench.timing import waiting
     module = paper(args.paper, "sample")
+    if args.folder is not None: return sample_pieces(args, module)
     writers = getattr(module, "WRITERS", {".png": write_pictures})
     path = check_output(args.output or f"samples{next(iter(writers))}", "--output", tuple(writers))
     options = converted(module.sample, args.set)
     with waiting("drawing"): samples = module.sample(_model(args, module), **options)
     with whole_file(path) as unfinished: writers[path.suffix](samples, unfinished)
     print(f"{path}: {len(samples)} samples of shape {tuple(samples.shape[1:])}")
+
+
+def sample_pieces(args, module):
+    "Draw many samples into a folder, piece by piece; several processes share them, and what is there is kept."
+    if args.output is not None: raise ValueError("--output: a folder of samples has no such file; give --folder or --output")
+    options = converted(module.generate_data, args.set)
+    made = module.generate_data(_model(args, module), args.folder, device=args.device, **options)
+    if not _rank(): print(f"{args.folder}: {len(made)} samples")
 
 
 def write_pictures(
@@ -264,13 +277,59 @@ def do_evaluate(args):
     if args.output is not None:
         check_output(args.output, "--output", (".json",))
         check_spared(args.output, args.model and Path(args.model).with_suffix(".json"))
-    options = converted(module.evaluate, args.set)
-    with waiting("measuring"): rows = module.evaluate(_model(args, module), **options)
-    if not rows: raise ValueError(f"--model: {PRIVATE_DATA}")
+    if args.metric is not None: rows = published_rows(args, module)
+    else:
+        for name in ("folder", "features"):
+            if getattr(args, name) is not None: raise ValueError(f"--{name}: it belongs to a published measure; say which, with --metric")
+        options = converted(module.evaluate, args.set)
+        with waiting("measuring"): rows = module.evaluate(_model(args, module), **options)
+    if _rank(): return
+    if not rows: raise ValueError(f"--model: {PRIVATE_DATA}; many samples are measured by --metric {', '.join(evidence(args.paper).METRICS)}")
     print("  ".join(f"{name:>14s}" for name in rows[0]))
     for row in rows:
         print("  ".join(f"{value:14.4g}" if isinstance(value, float) else f"{value!s:>14s}" for value in row.values()))
     if args.output is not None: write_json(Path(args.output), rows)
+
+# %% ../nbs/command_line.ipynb #59b9e827
+def divided(
+    values: list[tuple],  # (name, text)
+    *functions,           # with keyword arguments
+) -> list[dict]:          # keyword arguments for each function
+    "Texts as values for several functions: each gets those whose names it knows (`ValueError` for a name that none knows)."
+    known = [settable(function) for function in functions]
+    for name, _ in values:
+        if not any(name in each for each in known): raise ValueError(f"--set: this measure takes {', '.join(dict.fromkeys(name for each in known for name in each))}; got {reprlib.repr(name)}")
+    return [converted(function, [(name, text) for name, text in values if name in each]) for function, each in zip(functions, known)]
+
+
+def _samples(args, module, model, drawing):
+    "The samples that a measure is of: those in the folder, or those that it asks for."
+    from diffusion_papers.core.generation import Generated
+    from diffusion_papers.core.protocols import name_of
+    from diffusion_papers.workbench.checkpoints import digest
+    if args.folder is None:
+        folder = Path("runs") / args.paper / f"samples-{name_of(digest(model.state_dict(), {}), drawing)}"
+        return module.generate_data(model, folder, device=args.device, **drawing)
+    if not (Path(args.folder) / "about.json").is_file():
+        raise ValueError(f"--folder: there are no samples in {args.folder}; draw them by `sample {args.paper} --folder {args.folder}`, or leave --folder out")
+    return Generated(args.folder)
+
+
+def published_rows(args, module):
+    "A published measure of a model's samples, in a row, beside what the paper reports."
+    from diffusion_papers.core.protocols import nearest_preset
+    metrics = evidence(args.paper).METRICS
+    metric = metrics[check_choice(args.metric, "--metric", tuple(metrics))]
+    if metric.asks and args.features is None: raise ValueError(f"--features: {args.metric} needs a TorchScript file of yours: {metric.asks}")
+    if not metric.asks and args.features is not None: raise ValueError(f"--features: {args.metric} asks no network")
+    if args.features is not None and not Path(args.features).is_file(): raise ValueError(f"--features: there is no file {args.features}")
+    model = _model(args, module)
+    if args.folder is None: drawing, measuring = divided(args.set, module.generate_data, metric.function)
+    else: drawing, (measuring,) = {}, divided(args.set, metric.function)
+    made = _samples(args, module, model, drawing)
+    preset = nearest_preset(model.config, module.CONFIGS)
+    return [{"metric": args.metric, "samples": len(made), **metric.function(made, model, args.features, device=args.device, **measuring),
+             "preset": preset, "published": metric.published.get(preset, "-")}]
 
 # %% ../nbs/command_line.ipynb #634ae6d6
 def positional(
@@ -367,9 +426,18 @@ def fields_of(slug):
     return "values of the first preset:\n" + "\n".join(map(describe, list(paper(slug, "train").CONFIGS.values())[:1]))
 
 
-def values_of(function):
-    "The values that a function takes."
-    return "values:\n" + "\n".join("  " + line for line in arguments_of(function).values())
+def values_of(function, in_pieces=None):
+    "The values that a function takes, and the function that draws many."
+    more = "" if in_pieces is None else "\nwith --folder:\n" + "\n".join("  " + line for line in arguments_of(in_pieces).values())
+    return "values:\n" + "\n".join("  " + line for line in arguments_of(function).values()) + more
+
+
+def values_of_measures(slug):
+    "The values that `evaluate` takes, and its published measures."
+    module, metrics = paper(slug, "evaluate"), evidence(slug).METRICS
+    told = [f"--metric {name} ({metric.asks or 'asks no network'}):\n" + "\n".join("  " + line for line in arguments_of(metric.function).values())
+            for name, metric in metrics.items()]
+    return "\n".join([values_of(module.evaluate), *told, "their samples:", *("  " + line for line in arguments_of(module.generate_data).values())])
 
 # %% ../nbs/command_line.ipynb #b5cc5154
 def add_command(
@@ -402,6 +470,7 @@ def add_train(commands, slugs, epilog):
         preset={"default": "cpu", "help": "a named configuration, see `list` (default: cpu)"}, set=SET, device=DEVICE,
         folder={"help": "where the run is kept (default: runs/PAPER/PRESET)"},
         resume={"action": "store_true", "help": "go on where the run in the folder stopped"},
+        unmeasured={"action": "store_true", "help": "do not measure the model at the end, which can take long"},
         half={"action": "store_true", "help": "write the weights in 16 bits: half the size"},
         output={"metavar": "FILE", "help": "where the model goes (default: model.safetensors in the folder)"})
     private = papers("PRIVATE")
@@ -444,11 +513,14 @@ def parser(
         return text
     add_command(commands, "list", do_list)
     add_train(commands, every, help_on("train", fields_of))
-    add_command(commands, "sample", do_sample, every, help_on("sample", lambda slug: values_of(paper(slug, "sample").sample)),
-                set=SET, model=MODEL, device=ON_CPU,
+    add_command(commands, "sample", do_sample, every, help_on("sample", lambda slug: values_of(paper(slug, "sample").sample, paper(slug).generate_data)),
+                set=SET, model=MODEL, device=ON_CPU, folder={"help": "many samples, in pieces into this folder, instead of a picture"},
                 output={"metavar": "FILE", "help": "where the samples go (default: samples.png, or what the paper writes)"})
-    add_command(commands, "evaluate", do_evaluate, every, help_on("evaluate", lambda slug: values_of(paper(slug, "evaluate").evaluate)),
-                set=SET, model=MODEL, device=ON_CPU, output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
+    add_command(commands, "evaluate", do_evaluate, every, help_on("evaluate", values_of_measures),
+                set=SET, model=MODEL, device=ON_CPU,
+                metric={"help": "a published measure of many samples, instead of the small comparison; see the help of a paper"},
+                features={"metavar": "FILE", "help": "TorchScript: the network that the measure asks"},
+                folder={"help": "samples that `sample --folder` drew (default: they are drawn first, into runs/PAPER)"}, output={"metavar": "FILE", "help": "a JSON file, beside the printed table"})
     for name, slugs in hooks().items(): add_hook(commands, name, slugs, words)
     add_command(commands, "results", do_results, every, lambda slug: "Results that are stored already are kept; the file is data/results/PAPER.json.",
                 verify={"action": "store_true", "help": "instead, stamp results that changed code still gives, by probes that run both"})

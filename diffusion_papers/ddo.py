@@ -6,8 +6,8 @@
 __all__ = ['ABOUT', 'VORTICITY', 'LOSSES', 'save_model', 'load_model', 'load_pretrained', 'SOLVERS', 'CONFIGS',
            'score_matching_loss', 'ladder', 'variance_recursion', 'stationary_variance', 'step_limit', 'DdoConfig',
            'FunctionModel', 'build', 'field_noise', 'colored', 'denoising_loss', 'load_data', 'train',
-           'sample_functions', 'sample', 'evaluate', 'crank_nicolson_langevin', 'released_langevin', 'ladder_loss',
-           'BlurredVP', 'blurred_step', 'blurred_sample', 'blurred_flow_step', 'blurred_loss',
+           'sample_functions', 'sample', 'generate_data', 'evaluate', 'crank_nicolson_langevin', 'released_langevin',
+           'ladder_loss', 'BlurredVP', 'blurred_step', 'blurred_sample', 'blurred_flow_step', 'blurred_loss',
            'load_authors_checkpoint']
 
 # %% ../nbs/papers/08_ddo.ipynb #c103f6a9
@@ -22,19 +22,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .workbench.checkpoints import (CheckpointError, load_foreign, load_into, model_files,
-                                               plain_names)
+from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_into, model_files, plain_names
 from .workbench.checks import check_choice, check_fields, check_range, check_seed, check_some
 from .workbench.configs import Config
 from .workbench.registry import About
 from .workbench.timing import progress
-from .core.data import TensorSet
+from .core.data import TensorSet, idx_folder
 from .core.denoisers import per_sample
+from .core.generation import Generated, generate
 from .core.networks import authors_tensors
 from .core.samplers import (ancestral, annealed_langevin, as_state, check_noise, check_sigmas, euler,
                                           guarded, log_grid)
-from .core.training import Draws, TrainingConfig, claim_folder, fit, step_seed
-from .topics.function_data import (NORMS, digit_distances, function_measures, read_functions,
+from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
+from .topics.function_data import (NORMS, digit_distances, function_measures, read_functions, shape_distances,
                                                  squared_norm, vorticity, wrapped_bumps)
 from .topics.gaussian_fields import KernelField, Matern, PeriodicField, ReleasedCosineField, nested_sample
 from .topics.neural_operators import Fno, FnoConfig
@@ -123,7 +123,8 @@ _LAWS = ("field", "white", "cosine", "exponential")
 class DdoConfig(Config):
     "A diffusion model of functions: what it learns, with which noise, by which network."
     data: str = "vorticity"    # "vorticity", "distances" (of digits), "bumps" (phases), or "file" (a user's)
-    data_path: str = ""        # .npy, .npz or .h5 with (N, n_1, n_2)
+    data_path: str = ""        # .npy, .npz, .h5 or .pt with (N, n_1, n_2); for "distances" a folder with MNIST's files, "" are the digits that ship
+    data_name: str = ""        # of the array in that file; not needed where there is one
     points: int = 32           # of the grid of training
     data_std: float = 1.25     # standard deviation of the data at a point, for "ve"
     process: str = "ve"        # "ve"; or of a released program, "blurred" or "ladder"
@@ -145,7 +146,9 @@ class DdoConfig(Config):
                                               checkpoint_every=100)
     FREE = ("evaluated",)
 
-    def brief(self, steps=1): return replace(super().brief(steps), data="bumps" if self.data == "file" else self.data)
+    def brief(self, steps=1):
+        like = {"file": "bumps" if self.channels == 2 else "distances"}  # of what ships
+        return replace(super().brief(steps), data=like.get(self.data, self.data), data_path="")
 
     def __post_init__(self):
         choices = {"data": ("vorticity", "distances", "bumps", "file"), "process": _PROCESSES, "noise": _LAWS,
@@ -255,13 +258,26 @@ def load_data(
     "The functions to learn from (`ValueError` where a user's are not said)."
     kind = "real" if config.channels == 1 else "phase"
     if config.data == "vorticity": x0 = vorticity("train", config.points)[:, None]
+    elif config.data == "distances" and config.data_path: x0 = shape_distances(idx_folder(config.data_path)[:]["x0"], config.points)[:, None]
     elif config.data == "distances": x0 = digit_distances("train", config.points)[:, None]
     elif config.data == "bumps": x0 = wrapped_bumps(1000, config.points, torch.Generator().manual_seed(0))
     elif not config.data_path: raise ValueError("data_path: the functions are yours to bring; say where they are")
-    else: x0 = read_functions(config.data_path, kind=kind)
+    else: x0 = read_functions(config.data_path, config.data_name, kind)
     if x0.shape[1] != config.channels:
         raise ValueError(f"channels: the data have {x0.shape[1]}, the network {config.channels}")
-    return TensorSet(x0)
+    return TensorSet(_on_grid(x0, config))
+
+
+def _on_grid(x0, config):
+    "A user's functions on the grid of the configuration: of a finer one the corner of phases, and every k-th point of real functions."
+    n, points = x0.shape[-1], config.points
+    if x0.shape[-2] != n or n < points: raise ValueError(f"data_path: expected functions on at least {points} x {points} points, got {x0.shape[-2]} x {n}")
+    if config.channels == 2: return x0[..., :points, :points].contiguous()
+    if n % points: raise ValueError(f"points: expected a divisor of the data's {n} points, got {points}")
+    std = x0.std().item()
+    if config.process == "ve" and not 0.5 < std / config.data_std < 2:
+        warnings.warn(f"data_std: these functions have a standard deviation of {std:.3g}, the configuration says {config.data_std:.3g}")
+    return x0[..., ::n // points, ::n // points].contiguous()
 
 
 def train(
@@ -340,6 +356,30 @@ def sample(
     check_range(calls, "calls", 2, 2**20); check_seed(seed)
     drawn = sample_functions(model, count, points, solver=solver, calls=calls, seed=seed)
     return (drawn[:, :1] / (3 * model.config.data_std)).clamp(-1, 1).cpu()
+
+# %% ../nbs/papers/08_ddo.ipynb #43e05afd
+def generate_data(
+    model: FunctionModel,     # trained
+    folder: Path | str,       # where the functions go
+    *,
+    count: int=1024,          # functions
+    points: int=0,            # of the grid; 0 is that of training
+    solver: str="sde",        # for "ve": one of SOLVERS
+    calls: int=250,           # of the network
+    inner_steps: int=3,       # T, Langevin steps of a level
+    step_size: float=0.5,     # c, below 4
+    seed: int=0,              # of all noise
+    size: int=32,             # functions at once
+    device: str | None=None,  # "cpu", "cuda", or None for the best there is
+) -> Generated:               # functions (C, points, points)
+    "Draw many functions, in pieces that several processes share; what is there is kept."
+    points = check_range(points or model.config.points, "points", 4, 2**15)
+    check_choice(solver, "solver", SOLVERS); check_range(calls, "calls", 2, 2**20); check_seed(seed)
+    check_range(inner_steps, "inner_steps", 1, calls - 1 if (model.config.process, solver) == ("ve", "langevin") else 2**20)
+    options = {"points": points, "solver": solver, "calls": calls, "inner_steps": inner_steps, "step_size": step_size}
+    model.to(processes(device).device)
+    draw = lambda piece: {"functions": sample_functions(model, len(piece), seed=step_seed(seed, piece.start), **options).cpu()}
+    return generate(draw, count, folder, size=size, about={"model": digest(model.state_dict(), {}), "seed": seed, **options}, device=device)
 
 # %% ../nbs/papers/08_ddo.ipynb #722a20f8
 def evaluate(
@@ -583,7 +623,9 @@ CONFIGS = {
                          length=0.005, sigma_max=30.0, family="ushaped", evaluated=1024,  # length 2 s^2 with s = 0.05
                          training=TrainingConfig(steps=25_000_000, batch_size=16, lr=2e-4, ema=0.1, checkpoint_every=2000)),
 }
-CONFIGS |= {"volcano_white": replace(CONFIGS["volcano"], noise="white"),
+CONFIGS |= {"navier_stokes": replace(VORTICITY, data="file", data_name="y", points=128, data_std=1.0, network=FnoConfig(width=64, modes=32, blocks=4),
+                                     training=TrainingConfig(steps=200_000, batch_size=16, lr=1e-3, decay="cosine", ema=0.999, checkpoint_every=2000)),
+            "volcano_white": replace(CONFIGS["volcano"], noise="white"),
             "volcano60": replace(CONFIGS["volcano"], points=60, ushaped=UShapedConfig(size=60, pad=4))}
 
 # %% ../nbs/papers/08_ddo.ipynb #5bee2fa3

@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'SOLVERS', 'DISTANCES', 'DIGITS', 'save_model', 'load_model'
            'TemporalBlock', 'quadratic_steps', 'solver_times', 'state_weights', 'perceptual', 'weighted_loss',
            'Student', 'start_from', 'DfnoConfig', 'Dfno', 'build', 'build_teacher', 'load_teacher', 'clipped',
            'make_trajectories', 'student_loss', 'train', 'sample', 'teacher_samples', 'evaluate', 'TwoAnswers',
-           'unmeasured', 'fid', 'student_authors_keys', 'load_authors_checkpoint']
+           'unmeasured', 'generate_data', 'student_authors_keys', 'load_authors_checkpoint']
 
 # %% ../nbs/papers/02_dfno.ipynb #54c3e92f
 import functools
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .workbench.checkpoints import CheckpointError, load_into, model_files
+from .workbench.checkpoints import CheckpointError, digest, load_into, model_files
 from .workbench.checks import check_choice, check_fields, check_range, check_seed, check_tensor
 from .workbench.configs import Config
 from .workbench.registry import About
@@ -31,10 +31,11 @@ from .workbench.timing import progress
 from .core.denoisers import Denoiser, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, build_denoiser, distance_to_data,
                                              load_data, load_denoiser, one_each)
-from .core.generation import Generated, generate, generated_moments, noise_for
-from .core.metrics import Moments, to_bytes
+from .core.generation import Generated, generate, noise_for
+from .core.metrics import to_bytes
 from .core.networks import ResidualMLP, leaves, modules_in_order, unet_config
 from .core.processes import NoiseProcess, VariancePreserving
+from .core.protocols import load_feature_maps
 from .core.samplers import SAMPLERS, time_grid
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 from .topics.flax_weights import read_msgpack, teacher_tensors
@@ -244,6 +245,7 @@ class DfnoConfig(Config):
     modes: int = 2                    # Fourier modes of the temporal blocks; 0 for none
     pretrained: bool = True           # whether the student starts as its teacher
     loss: str = "l2"                  # distance of states: "l1", "l2", or "perceptual", of features that the user brings
+    features: str = ""                # whose: a TorchScript file of feature maps, see `core.protocols.load_feature_maps`
     weighting: str = "sqrt_snr"       # of the states: "sqrt_snr", "snr" or "none"
     seed: int = 0                     # of initial weights, trajectories and training
     evaluated: int = 1797             # samples that are drawn to measure a trained model
@@ -406,14 +408,15 @@ def student_loss(
 
 def _distance_for(
     config: DfnoConfig,        # names the loss
-    features: Callable | None, # for "perceptual": images (N, C, H, W) -> list of feature maps
+    features: Callable | None, # for "perceptual": images (N, C, H, W) -> list of feature maps; None is the configuration's file
+    device: str,               # where the file's network goes
 ) -> Callable:                 # distance of two batches of images
     "The distance that a configuration names (`ValueError` where it lacks its features)."
     if config.loss != "perceptual": return DISTANCES[config.loss]
-    if features is None:
+    if features is None and not config.features:
         raise ValueError("features: the loss 'perceptual' compares feature maps of a network that you bring, for instance the layers of "
-                         "a VGG from torchvision; hand its extractor to `train`, or choose loss='l1'")
-    return perceptual(features)
+                         "a VGG from torchvision; name its TorchScript file (features=vgg.pt), hand an extractor to `train`, or choose loss='l1'")
+    return perceptual(features or load_feature_maps(config.features, device))
 
 
 def train(
@@ -421,11 +424,12 @@ def train(
     folder: Path | str | None=None,     # where trajectories and run are kept; None keeps nothing
     *,
     teacher: Denoiser | None=None,      # whom to learn from; None is the one that the configuration names
-    features: Callable | None=None,     # for the loss "perceptual": images (N, C, H, W) -> list of feature maps
+    features: Callable | None=None,     # for the loss "perceptual": images (N, C, H, W) -> list of feature maps; None is the configuration's file
     **options,                          # handed to `fit`: resume, device, workers, callback
 ) -> Dfno:                              # with averaged weights
     "Make trajectories, then train a student on them; killed and resumed, it ends with the same bits (see `fit`)."
-    device, distance = options.get("device"), _distance_for(config, features)
+    device = options.get("device")
+    distance = _distance_for(config, features, processes(device).device.type)
     if not folder and processes(device).num_processes > 1: raise ValueError("folder: several processes need one, to share the trajectories")
     with (claim_folder(folder, config, options.get("resume", False)),
           nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place):
@@ -533,9 +537,9 @@ class TwoAnswers(nn.Module):
         return weights | {name: weights[name].chunk(2)[0] for name in ("output.weight", "output.bias")}
 
 # %% ../nbs/papers/02_dfno.ipynb #143d146c
-def _published(unet, training, **more):
+def _published(unet, training, data="images", **more):
     "A configuration of the paper: what both share, and what differs."
-    diffusion = DiffusionConfig(data="images", process="bounded_cosine", family="distillation", prediction="x0", label="angle",
+    diffusion = DiffusionConfig(data=data, process="bounded_cosine", family="distillation", prediction="x0", label="angle",
                                 label_dropout=0.0, unet=unet_config("distillation", **unet))
     shared = dict(lr=2e-4, warmup=10_000, decay="halving", ema=0.9999, clip=1e9, checkpoint_every=5000)
     return DfnoConfig(diffusion, **{"teacher": "", "clip": True, "exponent": 1.0, "end": 0.0, "unlabelled": 0.0, "evaluated": 100, **more},
@@ -549,7 +553,7 @@ CONFIGS = {
                                                  checkpoint_every=100)),
     "cifar10": _published(
         dict(image_size=32, width=256, multipliers=(1, 1, 1), blocks=3, attention=(16, 8), dropout=0.2),
-        dict(steps=400_001, batch_size=256, decay_steps=100_000),
+        dict(steps=400_001, batch_size=256, decay_steps=100_000), data="cifar10",
         solver_steps=512, kept=quadratic_steps(512, 17, (0, 4, 8, 12, 16)), trajectories=1_000_000, loss="perceptual"),
     "imagenet64": _published(
         dict(image_size=64, width=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_width=64, classes=1000, dropout=0.1),
@@ -561,29 +565,29 @@ CONFIGS = {
 def unmeasured(
     config: DfnoConfig,  # about to be trained
 ) -> str:                # "" where there is something to measure a student with
-    "Why `evaluate` will not be able to measure a student: it needs pictures, and training does without (`ValueError` for wrong ones)."
+    "Why `evaluate` will not be able to measure a student: it needs pictures, and training does without (`ValueError` for wrong ones, `FileNotFoundError` for a folder that is not there)."
     if config.teacher: load_teacher(config)
     given = config.diffusion.data not in ("cifar10", "images") or config.diffusion.data_path
     if config.diffusion.network.shape[-1] > 32 or given and load_data(config.diffusion): return ""
     return "nobody said where the pictures lie to compare with (diffusion.data_path); evaluate takes data_path, too"
 
 
-def fid(
+def generate_data(
     model: Dfno,               # the student
-    extractor: Callable,       # byte images (B, 3, H, W), uint8 -> features (B, D); for FID, Inception
-    reference: Moments,        # of the data's features, see `core.generation.data_moments`
-    count: int=50_000,         # samples
+    folder: Path | str,        # where the samples go
     *,
-    size: int=250,             # samples at once
+    count: int=50_000,         # samples
     seed: int=0,               # of the noise
+    size: int=250,             # samples at once
     device: str | None=None,   # "cpu", "cuda", or None for the best there is
-) -> float:                    # squared Frechet distance
-    "FID by the published protocol, one call a sample; models with classes draw all of them equally often."
+) -> Generated:                # images (C, H, W), uint8, and class_label where there are classes
+    "Draw many samples with one call each, classes in turn, in pieces that several processes share; what is there is kept."
+    check_seed(seed)
     model.to(processes(device).device)
     def draw(piece):
         labels = {"class_label": torch.tensor(piece) % model.config.classes} if model.config.classes else {}
-        return sample(model, x_T=noise_for(piece, model.shape, seed), **labels)
-    return generated_moments(draw, count, lambda images: extractor(to_bytes(images.clamp(-1, 1))), size=size, device=device).distance(reference)
+        return {"images": to_bytes(sample(model, x_T=noise_for(piece, model.shape, seed), **labels).clamp(-1, 1)), **labels}
+    return generate(draw, count, folder, size=size, about={"model": digest(model.state_dict(), {}), "seed": seed}, device=device)
 
 # %% ../nbs/papers/02_dfno.ipynb #121f925e
 def student_authors_keys(

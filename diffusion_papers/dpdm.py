@@ -28,7 +28,7 @@ from .workbench.checks import check_choice, check_fields, check_images, check_ra
 from .workbench.configs import Config
 from .workbench.registry import About
 from .workbench.timing import progress
-from .core.data import ImageFolder, TensorSet, check_data_labels, check_labels, cifar_folder, digits, idx_images
+from .core.data import ImageFolder, TensorSet, check_data_labels, check_labels, cifar_folder, cifar_images, digits, idx_folder
 from .core.denoisers import guided, per_sample
 from .core.generation import Generated, generate
 from .core.metrics import frechet_features, frechet_pixels, to_bytes
@@ -279,9 +279,10 @@ def load_data(
 def test_data(
     config: DpdmConfig,  # names the data
 ):                       # data set
-    "Pictures that no model has seen, for digits and what is drawn (`ValueError` for a user's)."
+    "Pictures that no model has seen, where the data have such a part (`ValueError` where they have none)."
     if config.data in DATA: return DATA[config.data](config, unseen=True)
-    raise ValueError(f"data: give the real pictures to compare with; none are known for {config.data!r}")
+    if not config.data_path: raise ValueError("data_path: the pictures are yours to bring; say where they lie")
+    return BROUGHT[config.data](config, Path(config.data_path), unseen=True)
 
 
 def fetch(
@@ -597,11 +598,15 @@ _SCENES = DpdmConfig(data="shapes", family="mixer", epsilon=1.0, delta=1e-7, dra
 CONFIGS |= {"scenes": _SCENES, "scenes_02": replace(_SCENES, epsilon=0.2)}
 
 # %% ../nbs/papers/06_dpdm.ipynb #921deba5
-def _idx(config, folder):
-    "MNIST's files, by their usual names."
-    found = [next(iter(sorted(folder.glob(f"train-{what}*"))), None) for what in ("images", "labels")]
-    if None in found: raise ValueError(f"data_path: expected train-images... and train-labels... in {folder}")
-    return idx_images(*found)
+def _cifar(config, folder, unseen=False):
+    "CIFAR-10's binary batches."
+    return cifar_images([folder / "test_batch.bin"]) if unseen else cifar_folder(folder)
+
+
+def _pictures(config, folder, unseen=False):
+    "A folder of pictures, which has no part of its own for tests."
+    if unseen: raise ValueError(f"data: of the pictures in {folder}, none are said to be for tests")
+    return ImageFolder(folder, config.shape[-1], max_pixels=config.max_pixels)
 
 
 def _colour(size, attention, classes, multipliers=(1, 2, 2)):
@@ -610,8 +615,7 @@ def _colour(size, attention, classes, multipliers=(1, 2, 2)):
                        multipliers=multipliers, attention=attention, classes=classes)
 
 
-BROUGHT |= {"idx": _idx, "cifar": lambda config, folder: cifar_folder(folder),
-            "images": lambda config, folder: ImageFolder(folder, config.shape[-1], max_pixels=config.max_pixels)}
+BROUGHT |= {"idx": lambda config, folder, unseen=False: idx_folder(folder, "t10k" if unseen else "train"), "cifar": _cifar, "images": _pictures}
 _TRAINING = TrainingConfig(steps=4500, batch_size=4096, lr=3e-4, clip=1.0, ema=0.999, checkpoint_every=100)
 _MNIST = DpdmConfig(data="idx", draws=32, delta=1e-5, accountant="rdp", family="unet", chunk=32, training=_TRAINING)
 CONFIGS |= {
@@ -645,15 +649,24 @@ def load_authors_checkpoint(
 # %% ../nbs/papers/06_dpdm.ipynb #8c68c6cc
 def generate_data(
     model: PrivateDenoiser,  # trained
-    count: int,              # samples
-    folder: Path | str,      # where they go
+    folder: Path | str,      # where the samples go
     *,
+    count: int=60_000,       # samples
+    solver: str="churn",     # a name in SOLVERS
+    steps: int=1000,         # of the grid, at least 2
+    guidance: float=0.0,     # w, at least 0
+    s_churn: float=50.0,     # amount of noise put back, at least 0, for "churn"
+    s_min: float=0.05,       # ... above this level
+    s_max: float=50.0,       # ... and below this one
     seed: int=0,             # of starts and noise
     size: int=500,           # samples at once
     device: str | None=None, # "cpu", "cuda", or None for the best there is
-    **options,               # of `sample_images`: solver, steps, guidance, s_churn, ...
-) -> Generated:              # images (C, H, W), uint8, and class_label
-    "Draw many samples, classes in turn; several processes share the work, and what is there is kept."
+) -> Generated:              # images (C, H, W), uint8, and class_label where there are classes
+    "Draw many samples, classes in turn, in pieces that several processes share; what is there is kept."
+    check_choice(solver, "solver", SOLVERS); check_range(steps, "steps", 2, 2**20); check_range(guidance, "guidance", 0.0)
+    check_range(s_churn, "s_churn", 0.0); check_range(s_max, "s_max", s_min); check_seed(seed)
+    options = {"solver": solver, "steps": steps, "guidance": guidance}
+    if solver == "churn": options |= {"s_churn": s_churn, "s_min": s_min, "s_max": s_max}
     where = processes(device).device
     model.to(where)
     def of_piece(piece):

@@ -6,8 +6,8 @@
 __all__ = ['ABOUT', 'MIXINGS', 'SOLVERS', 'WEIGHTINGS', 'TARGETS', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained',
            'mix', 'VectorHead', 'ConvHead', 'DerivativeHead', 'distilled_slope', 'Solver', 'calls_for', 'steps_within',
            'integrate', 'distillation_loss', 'GenieConfig', 'Genie', 'build', 'head_loss', 'train_head', 'train',
-           'sample', 'reference_samples', 'head_error', 'evaluate', 'guided_slope', 'encode', 'upsample', 'fid',
-           'head_authors_keys', 'load_authors_checkpoint']
+           'sample', 'reference_samples', 'head_error', 'evaluate', 'guided_slope', 'encode', 'upsample',
+           'generate_data', 'head_authors_keys', 'load_authors_checkpoint']
 
 # %% ../nbs/papers/01_genie.ipynb #549cc8c9
 import contextlib
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .workbench.checkpoints import check_fits, load_foreign, load_into, model_files
+from .workbench.checkpoints import check_fits, digest, load_foreign, load_into, model_files
 from .workbench.checks import check_choice, check_fields, check_images, check_range, check_seed, check_some, check_tensor
 from .workbench.configs import Config
 from .workbench.registry import About
@@ -34,8 +34,8 @@ from .core.denoisers import Denoiser, guided, in_precision_of, per_sample
 from .core.diffusion import (END, MODELS, DiffusionConfig, build_denoiser, distance_to_data, load_data, one_each,
                                              random_times, sampling_conditions, train_denoiser, training_conditions,
                                              upsampling_condition)
-from .core.generation import generated_moments, noise_for
-from .core.metrics import Moments, to_bytes
+from .core.generation import Generated, generate, noise_for
+from .core.metrics import to_bytes
 from .core.networks import (FAMILIES, ConvBlock, ResidualBlock, ResidualMLP, UNetConfig, authors_tensors, leaves,
                                             load_authors_network, unet_config, variance_scaling)
 from .core.processes import NoiseProcess
@@ -594,28 +594,36 @@ def upsample(
     return sample(model, len(low), seed=seed, cond=upsampling_condition(low, model.process, model.shape[-1], level, seed), **options)
 
 # %% ../nbs/papers/01_genie.ipynb #5cc40b4f
-def fid(
-    model: Genie,              # the model
-    extractor: Callable,       # byte images (B, 3, H, W), uint8 -> features (B, D); for FID, Inception
-    reference: Moments,        # of the data's features, see `core.generation.data_moments`
-    count: int=50_000,         # samples
+def generate_data(
+    model: Genie,             # trained
+    folder: Path | str,       # where the samples go
     *,
-    size: int=250,             # samples at once
-    seed: int=0,               # of the starting noise
-    device: str | None=None,   # "cpu", "cuda", or None for the best there is
-    **options,                 # handed to `sample`: solver, calls, guidance, ...
-) -> float:                    # squared Frechet distance
-    "FID by the published protocol; models with classes draw all of them equally often."
-    if model.config.diffusion.low_size: raise ValueError("model: an up-sampler draws nothing on its own; measure what `upsample` returns "
-                                              "with `generated_moments`")
-    for each in (model, options.get("without")):
-        if each is not None: each.to(processes(device).device)
-    classes = model.config.diffusion.network.classes
+    count: int=50_000,        # samples
+    solver: str="genie",      # a name in SOLVERS
+    calls: int=10,            # calls of the network at most
+    exponent: float=2.0,      # 1 is linear striding, 2 quadratic
+    first_step: bool=False,   # analytical first step: one step more for the same calls
+    denoise: bool=False,      # spend the last call on removing the rest of the noise
+    guidance: float=0.0,      # w of classifier-free guidance, at least 0; needs classes
+    low_path: str="",         # for an up-sampler: the folder of the small samples, which this function wrote, too
+    seed: int=0,              # of the starting noise
+    size: int=250,            # samples at once
+    device: str | None=None,  # "cpu", "cuda", or None for the best there is
+) -> Generated:               # images (C, H, W), uint8, and class_label where there are classes
+    "Draw many samples, classes in turn, in pieces that several processes share; what is there is kept."
+    steps_within(solver, calls, first_step, denoise); check_range(exponent, "exponent", 1e-6, _MOST_UNEVEN); check_seed(seed)
+    if bool(low_path) != bool(model.config.diffusion.low_size):
+        raise ValueError(f"low_path: an up-sampler needs the folder of its small images, another model needs none; got {low_path!r}")
+    model.to(processes(device).device)
+    low, classes = Generated(low_path) if low_path else None, model.config.diffusion.network.classes
+    options = dict(solver=solver, calls=calls, exponent=exponent, first_step=first_step, denoise=denoise, guidance=guidance)
     def draw(piece):
         labels = {"class_label": torch.tensor(piece) % classes} if classes else {}
-        return sample(model, x_T=noise_for(piece, model.shape, seed), **labels, **options)
-    features = lambda images: extractor(to_bytes(images.clamp(-1, 1)))  # few calls may lead anywhere
-    return generated_moments(draw, count, features, size=size, device=device).distance(reference)
+        if low is None: images = sample(model, x_T=noise_for(piece, model.shape, seed), **labels, **options)
+        else: images = upsample(model, low.__getitems__(list(piece))["images"] / 127.5 - 1, seed=step_seed(seed, piece.start), **options)
+        return {"images": to_bytes(images.clamp(-1, 1)), **labels}  # few calls may lead anywhere
+    about = {"model": digest(model.state_dict(), {}), "seed": seed, "low": low and low.about, **options}
+    return generate(draw, min(count, len(low)) if low else count, folder, size=size, about=about, device=device)
 
 # %% ../nbs/papers/01_genie.ipynb #8c337a77
 def _published(family, unet, base, head, head_norm=False, **more):

@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'METHODS', 'CONFIGS', 'save_model', 'load_model', 'load_pret
            'bridge_schedule', 'bridge_state', 'bridge_label', 'clean_estimate', 'posterior', 'time_indices',
            'follow_bridge', 'I2sbConfig', 'I2sb', 'build', 'bridge_loss', 'noise_loss', 'load_data', 'test_data',
            'train', 'restore_images', 'evaluate', 'shipped', 'restore', 'desk', 'sample', 'load_authors_checkpoint',
-           'from_adm', 'listed', 'restore_data', 'quality']
+           'from_adm', 'listed', 'generate_data']
 
 # %% ../nbs/papers/03_i2sb.ipynb #066aae2c
 import io
@@ -26,17 +26,17 @@ from torch.utils.data import Dataset, Subset
 
 from .core.data import ImageFolder, Mirrored, PhotographCrops, digits, photographs
 from .core.denoisers import Denoiser, per_sample
-from .core.generation import Generated, generate, generated_moments
-from .core.metrics import Moments, digit_judge, frechet, psnr, to_bytes
+from .core.generation import Generated, generate
+from .core.metrics import digit_judge, frechet, psnr, to_bytes
 from .core.networks import FilmConfig, FilmNet, UNet, UNetConfig, authors_keys, authors_tensors, unet_config
 from .core.pictures import MAX_PIXELS, Picture, read_mask, read_picture, write_picture
 from .core.processes import LinearVP
 from .core.samplers import ancestral, sigma_grid, white
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
-from .topics.corruptions import TASKS, check_mask, degrade, fill_holes, task_names
+from .topics.corruptions import TASKS, check_mask, degrade, fill_holes, read_masks, task_names
 from .topics.large_pictures import blended, check_cut, opacity_for, pieces
 from .topics.shapes_world import ShapesWorld
-from .workbench.checkpoints import CheckpointError, load_foreign, load_into, model_files, plain_names
+from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_into, model_files, plain_names
 from .workbench.checks import (check_choice, check_device, check_fields, check_images, check_range, check_seed,
                                                check_tensor, require)
 from .workbench.configs import Config
@@ -207,6 +207,7 @@ class I2sbConfig(Config):
     conditional: bool = False     # whether the network sees the degraded image beside the state
     noisy_start: bool = False     # whether the degraded end gets unit noise (the network may see it clean beside)
     prediction: str = "eps"       # of the method "diffusion": "eps" or "v"
+    start: str = ""               # a released ADM, from whose weights training starts, see `from_adm`; "" is from initial weights
     family: str = "film"          # of the network: "film", or "adm"
     film: FilmConfig = FilmConfig()  # the network, for "film"
     unet: UNetConfig = unet_config("adm", embedding="cosines_first", qkv_order="heads_first")  # for "adm"
@@ -215,7 +216,7 @@ class I2sbConfig(Config):
     training: TrainingConfig = TrainingConfig(steps=1000, batch_size=64, lr=2e-3, decay="cosine", ema=0.99)
     FREE = ("evaluated", "max_pixels")
 
-    def brief(self, steps=1): return replace(super().brief(steps), data="digits" if self.data == "digits" else "shapes")
+    def brief(self, steps=1): return replace(super().brief(steps), data="digits" if self.data == "digits" else "shapes", start="")
 
     def __post_init__(self):
         choices = {"data": ("digits", "shapes", "photographs", "images"), "method": METHODS,
@@ -353,7 +354,7 @@ def train(
     config: I2sbConfig=CONFIGS["cpu"],  # what to train
     folder: Path | str | None=None,     # where the run is kept; None keeps nothing
     *,
-    start: I2sb | None=None,            # a model to go on from, for instance from `from_adm`; None is a new one
+    start: I2sb | None=None,            # a model to go on from; None is what the configuration says
     data=None,                          # images to train on, instead of those that the configuration names
     **options,                          # handed to `fit`: resume, device, workers, callback
 ) -> I2sb:                              # with averaged weights
@@ -361,7 +362,8 @@ def train(
     loss = noise_loss if config.method == "diffusion" else bridge_loss
     with claim_folder(folder, config, options.get("resume", False)):
         data = load_data(config) if data is None else data
-        return fit(start or build(config), loss, data, replace(config.training, seed=config.seed), folder=folder,
+        start = start or (from_adm(config.start, config) if config.start else build(config))
+        return fit(start, loss, data, replace(config.training, seed=config.seed), folder=folder,
                    title=config.method, **options).eval()
 
 # %% ../nbs/papers/03_i2sb.ipynb #3adce33c
@@ -679,20 +681,45 @@ def listed(
     return Subset(data, [number[name] for name in names])
 
 
-def restore_data(
+def _chosen_pictures(config, data, data_path, chosen):
+    "The clean pictures that are damaged and restored."
+    if data is None: data = ImageFolder(data_path, config.shape[-1], max_pixels=config.max_pixels) if data_path else test_data(config)
+    if not chosen: return data
+    if not isinstance(data, ImageFolder): raise ValueError("chosen: a list names pictures of a folder; say which, with data_path")
+    return listed(data, chosen)
+
+
+def _chosen_masks(task, masks, masks_path, ratio, size):
+    "The holes of the pictures (N, 1, H, W); None where the task says what is lost."
+    if masks_path and task not in _RATIOS: raise ValueError(f"masks_path: a file of free-form holes is for {' and '.join(_RATIOS)}, not for {task}")
+    return read_masks(masks_path, ratio or _RATIOS[task], size) if masks_path else masks
+
+
+_RATIOS = {"inpaint-freeform1020": "10-20% freeform", "inpaint-freeform2030": "20-30% freeform"}  # task -> entry of the published file
+
+
+def generate_data(
     model: I2sb,           # trained
-    data,                  # clean images (map-style data set)
-    folder: Path | str,    # where the restored ones go
+    folder: Path | str,    # where the restored images go
     *,
+    data=None,             # clean images (map-style data set); None are those of the folder
+    data_path: str="",     # the folder of clean images; "" are those that `test_data` has
+    chosen: str="",        # a text file that names some of them, see `listed`
     masks: torch.Tensor | None=None, # holes (N, 1, H, W), image n meets mask n; None draws what the task says
+    masks_path: str="",    # a file of published free-form holes instead, see `topics.corruptions.read_masks`
+    ratio: str="",         # its entry; "" is the task's
     calls: int=999,        # of the network
-    count: int | None=None,# images; None is all of them
-    size: int=16,          # images at once
+    count: int=0,          # images; 0 is all of them
     seed: int=0,           # of the damage and of the noise
+    size: int=16,          # images at once
     device: str | None=None, # "cpu", "cuda", or None for the best there is
-) -> Generated:            # restored images (C, H, W), uint8, and class labels where the data have them
-    "Damage images and restore them; several processes share the work, and what is there is kept."
-    where, count = processes(device).device, count or len(data)
+) -> Generated:            # restored images (C, H, W), uint8, and class_label where the data have them
+    "Damage images and restore them, in pieces that several processes share; what is there is kept."
+    check_range(calls, "calls", 1, len(model.schedule) - 1); check_range(count, "count", 0); check_seed(seed)
+    data = _chosen_pictures(model.config, data, data_path, chosen)
+    masks, count = _chosen_masks(model.config.task, masks, masks_path, ratio, model.shape[-1]), min(count or len(data), len(data))
+    if masks is not None and len(masks) < count: raise ValueError(f"masks: expected one for each of {count} images, got {len(masks)}")
+    where = processes(device).device
     model.to(where)
     def draw(piece):
         samples = [data[index] for index in piece]
@@ -704,28 +731,6 @@ def restore_data(
         labels = ({"class_label": torch.tensor([sample["class_label"] for sample in samples])}
                   if "class_label" in samples[0] else {})
         return {"images": to_bytes(images.clamp(-1, 1)), **labels}
-    about = {"task": model.config.task, "calls": calls, "seed": seed, "masks": None if masks is None else len(masks)}
+    about = {"model": digest(model.state_dict(), {}), "task": model.config.task, "calls": calls, "seed": seed,
+             "data": data_path, "chosen": chosen, "masks": None if masks is None else len(masks)}
     return generate(draw, count, folder, size=size, about=about, device=device)
-
-
-@torch.no_grad()
-def quality(
-    restored: Generated,       # from `restore_data`
-    extractor: Callable,       # byte images (B, C, H, W), uint8 -> features (B, D); for FID, Inception
-    reference: Moments,        # of clean images' features, see `core.generation.data_moments`
-    classifier: Callable | None=None,  # images in [0, 1] -> classes (B,); None leaves the accuracy out
-    *,
-    size: int=100,             # images at once
-    device: str | None=None,   # "cpu", "cuda", or None for the best there is
-) -> dict:                     # fid, accuracy
-    "FID and accuracy of restored images; several processes share the work."
-    ours = processes(device)
-    right = torch.zeros((), device=ours.device)
-    def draw(piece):
-        batch = restored.__getitems__(list(piece))
-        images = batch["images"].to(ours.device)
-        if classifier is not None: right.add_((classifier(images / 255) == batch["class_label"].to(ours.device)).sum())
-        return images
-    fid = generated_moments(draw, len(restored), extractor, size=size, device=device).distance(reference)
-    total = require("accelerate.utils", "train").reduce(right, "sum").item()
-    return {"fid": fid, "accuracy": None if classifier is None else total / len(restored)}

@@ -254,14 +254,14 @@ def test_samples_are_of_classes_in_turn_from_piece_to_piece(tmp_path):
     first = [label for _, _, label in model.network.asked[::2]]
     assert found.shape == (23, 1, 8, 8) and found.abs().max() <= 1 and torch.cat(first).tolist() == [n % 10 for n in range(23)]
     assert torch.equal(found[:9], dpdm.sample(model, 9, steps=2))
-    made = dpdm.generate_data(model, 23, tmp_path, size=9, steps=2, device="cpu").__getitems__(list(range(23)))
+    made = dpdm.generate_data(model, tmp_path, count=23, size=9, solver="ddim", steps=2, device="cpu").__getitems__(list(range(23)))
     assert made["class_label"].tolist() == [n % 10 for n in range(23)] and made["images"].dtype == torch.uint8
     assert made["images"].shape == (23, 1, 8, 8) and len(made["images"].flatten(1).unique(dim=0)) == 23
 
 
 def test_generated_bytes_are_the_clipped_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(dpdm, "sample_images", lambda model, label, start, **_: start * 2)
-    made = dpdm.generate_data(spied().float(), 100, tmp_path, device="cpu").__getitems__(list(range(100)))["images"]
+    made = dpdm.generate_data(spied().float(), tmp_path, count=100, device="cpu").__getitems__(list(range(100)))["images"]
     for level in (0, 100, 200):
         chance = torch.distributions.Normal(0, 2).cdf(torch.tensor((level + 1) / 127.5 - 1)).item()
         assert (made <= level).float().mean().item() == pytest.approx(chance, abs=0.02)

@@ -487,7 +487,7 @@ def test_restored_data_keep_their_order_their_masks_and_their_labels(tmp_path, m
         seen.append((x1, mask, calls, seed))
         return torch.where(mask > 0, -1.0, x1)
     monkeypatch.setattr(i2sb, "restore_images", restored)
-    found = i2sb.restore_data(i2sb.build(DIGITS), data, tmp_path, masks=masks, calls=7, size=2, device="cpu").__getitems__(list(range(5)))
+    found = i2sb.generate_data(i2sb.build(DIGITS), tmp_path, data=data, masks=masks, calls=7, size=2, device="cpu").__getitems__(list(range(5)))
     expected = torch.where(masks > 0, -1.0, data.tensors["x0"])
     assert torch.equal(found["images"], ((expected / 2 + 0.5) * 255).to(torch.uint8)) and found["class_label"].tolist() == [4, 3, 2, 1, 0]
     assert [calls for *_, calls, _ in seen] == [7] * 3 and len({seed for *_, seed in seen}) == 3
@@ -496,29 +496,10 @@ def test_restored_data_keep_their_order_their_masks_and_their_labels(tmp_path, m
 
 
 def test_damage_is_drawn_where_no_masks_are_given(tmp_path):
-    found = i2sb.restore_data(spied(DIGITS)[0], TensorSet(pictures(3)), tmp_path, calls=1, size=2, device="cpu").__getitems__([0, 1, 2])
+    found = i2sb.generate_data(spied(DIGITS)[0], tmp_path, data=TensorSet(pictures(3)), calls=1, size=2, device="cpu").__getitems__([0, 1, 2])
     assert set(found) == {"images"}
     clean = ((pictures(3) / 2 + 0.5) * 255).to(torch.uint8)
     assert torch.equal(found["images"][..., :2, :], clean[..., :2, :]) and not torch.equal(found["images"], clean)
-
-
-def test_quality_shows_bytes_to_the_features_and_numbers_up_to_one_to_the_classifier():
-    images = torch.arange(7 * 12).reshape(7, 3, 2, 2).to(torch.uint8) * 3
-    batch = {"images": images, "class_label": torch.tensor([0, 1, 0, 1, 0, 1, 0])}
-    class Kept:
-        def __len__(self): return 7
-        def __getitems__(self, indices): return {name: value[indices] for name, value in batch.items()}
-    features = lambda images: images.double().flatten(1).mean(1, keepdim=True)
-    reference, seen = Moments(1).add(torch.tensor([[10.0], [30.0], [80.0]])), []
-    def classifier(images):
-        seen.append(images)
-        return (images.mean((1, 2, 3)) > 0.5).long()
-    found = i2sb.quality(Kept(), features, reference, classifier, size=3, device="cpu")
-    values = features(images)[:, 0].numpy()
-    assert found["fid"] == pytest.approx((values.mean() - 40) ** 2 + (values.std(ddof=1) - np.std([10, 30, 80], ddof=1)) ** 2, rel=1e-6)
-    assert found["accuracy"] == pytest.approx(np.mean((values > 127.5) == batch["class_label"].numpy()))
-    assert torch.equal(torch.cat(seen), images / 255) and [len(part) for part in seen] == [3, 3, 1]
-    assert i2sb.quality(Kept(), features, reference, size=3, device="cpu") == {"fid": found["fid"], "accuracy": None}
 
 
 def test_a_list_names_pictures_in_its_own_order(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ENDINGS', 'TensorSet', 'NoiseImages', 'digits', 'photographs', 'random_crops', 'PhotographCrops',
            'check_labels', 'check_data_labels', 'find_pictures', 'ImageFolder', 'Mirrored', 'read_idx', 'idx_images',
-           'cifar_images', 'cifar_folder', 'RowsOfImages']
+           'idx_folder', 'cifar_images', 'cifar_folder', 'RowsOfImages']
 
 # %% ../../nbs/core/07_data.ipynb #e41a31a6
 import gzip
@@ -338,6 +338,17 @@ def idx_images(
     if pixels.ndim != 3: raise ValueError(f"{images}: expected images, three dimensions, got shape {tuple(pixels.shape)}")
     cond = {} if labels is None else {"class_label": read_idx(labels).long()}
     return TensorSet(pixels[:, None] / 127.5 - 1, **cond)
+
+
+def idx_folder(
+    folder: Path | str,   # with the files of MNIST, or of a set that has its form, packed or not
+    part: str="train",    # how their names begin: "train", or "t10k" for those of the tests
+    name: str="data_path",# of the argument
+) -> TensorSet:           # x0 (N, 1, H, W) in [-1, 1], and class_label
+    "Images and labels of a folder in MNIST's form, by their usual names (`ValueError` where one is missing)."
+    found = [next(iter(sorted(Path(folder).glob(f"{part}-{what}*"))), None) for what in ("images", "labels")]
+    if None in found: raise ValueError(f"{name}: expected {part}-images... and {part}-labels... in {folder}")
+    return idx_images(*found)
 
 
 def cifar_images(

@@ -91,6 +91,7 @@ def generate(
     about: dict | None=None,  # what they are, plain data: model, seed, solver, ...
     free=frozenset(),         # names in `about` that do not matter to the samples, see `Config.free`
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
+    unit: str="sample",       # what a sample is called in the progress bar
 ) -> "Generated":             # all of them, read from the disk
     "Make many samples; several processes (`accelerate launch`) share the work, and what is there is kept. A folder serves one such run at a time."
     ours, folder, asked = processes(device), Path(folder), pieces(count, size)
@@ -100,7 +101,7 @@ def generate(
         missing = [piece for piece in asked if not _file(folder, piece.start).is_file()]
         ours.wait_for_everyone()  # all have looked before anyone writes, so that what is missing is shared evenly
         mine = missing[ours.process_index::ours.num_processes]
-        for piece in progress_bar(ours, mine, unit_scale=size, unit="sample", desc="generating"):
+        for piece in progress_bar(ours, mine, unit_scale=size, unit=unit, desc=folder.name):
             _write_piece(folder, piece, draw(piece))
         ours.wait_for_everyone()
     return Generated(folder)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORCE', 'NORMS', 'vorticity_fields', 'vorticity', 'gaussian_processes', 'random_sines', 'signed_distances',
-           'digit_distances', 'wrapped_bumps', 'circular_moments', 'read_functions', 'squared_norm', 'spectrum_error',
-           'function_measures', 'moment_errors', 'amplitude_spectrum']
+           'shape_distances', 'digit_distances', 'wrapped_bumps', 'circular_moments', 'read_functions', 'squared_norm',
+           'spectrum_error', 'function_measures', 'moment_errors', 'amplitude_spectrum']
 
 # %% ../../nbs/topics/12_function_data.ipynb #f922c814
 import math
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..workbench.checkpoints import data_folder, load_checkpoint
-from ..workbench.checks import check_choice, check_range, check_tensor, require
+from ..workbench.checkpoints import data_folder, load_checkpoint, load_foreign
+from ..workbench.checks import check_choice, check_images, check_range, check_tensor, require
 from ..core.data import TensorSet
 from ..core.training import step_seed
 from .fluids import NavierStokes, solve
 from .gaussian_fields import KernelField, Matern, PeriodicField
-from .spectral import autocovariance, energy_spectrum
+from .spectral import autocovariance, cosine_transform, energy_spectrum
 
 # %% ../../nbs/topics/12_function_data.ipynb #6dac8304
 FORCE = PeriodicField(Matern(3.0, 3.0).unit(), cutoff=10)  # the law of the force
@@ -101,6 +101,29 @@ def signed_distances(
     return torch.stack([torch.from_numpy(each) for each in found]).float() / inside.shape[-1]
 
 
+def _cosines_on(
+    u: torch.Tensor,   # values at the middles of cells (..., n, n)
+    points: int,       # of the other grid, not fewer
+) -> torch.Tensor:     # (..., points, points)
+    "The same cosines on a finer grid: no wave is added, none is lost, and the border stays a border."
+    more, scale = points - u.shape[-1], points / u.shape[-1]
+    return cosine_transform(F.pad(scale * cosine_transform(u), (0, more, 0, more)), inverse=True)
+
+
+def shape_distances(
+    images: torch.Tensor,  # one shape each, light on dark (N, 1, H, W) in [-1, 1]
+    points: int=64,        # of the grid
+    cut: int=32,           # points of the grid on which shapes are cut out, not more
+) -> torch.Tensor:         # (N, points, points)
+    "Signed distances as the published experiment has them: cut out on 32 points, and put on a finer grid without new waves; empty pictures are left out, with a warning."
+    check_range(cut, "cut", 2, points)
+    inside = F.interpolate(check_images(images, "images"), (cut, cut), mode="bilinear")[:, 0] > 0
+    share = inside.float().mean((1, 2))
+    kept = (share > 0) & (share < 1)
+    if not kept.all(): warnings.warn(f"images: {int((~kept).sum())} of {len(images)} show no shape with a boundary, and are left out")
+    return _cosines_on(signed_distances(inside[kept]), points)
+
+
 def digit_distances(
     split: str="train",  # of scikit-learn's digits
     points: int=32,      # of the grid
@@ -140,11 +163,18 @@ def circular_moments(
     return spread, torch.where(flat, 0.0, turned / torch.where(flat, 1.0, spread)**1.5)
 
 # %% ../../nbs/topics/12_function_data.ipynb #abdd79c3
+def _tensors(content):
+    "The tensors of a PyTorch file as arrays by name: one alone, or those of a dictionary."
+    found = {"": content} if isinstance(content, torch.Tensor) else content if isinstance(content, dict) else {}
+    return {str(name): value.numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
 def _arrays(path):
     "The arrays of a file by name; nothing that could run code is read (`ValueError` for a file that is damaged)."
     import numpy
     try:
         if path.suffix == ".npy": return {"": numpy.load(path, allow_pickle=False)}
+        if path.suffix in (".pt", ".pth"): return _tensors(load_foreign(path))
         if path.suffix == ".npz": return dict(numpy.load(path, allow_pickle=False))
         with require("h5py", "data").File(path, "r") as file:
             return {key: file[key][()] for key in file if hasattr(file[key], "shape")}
@@ -168,13 +198,13 @@ def _real_or_phase(array, called, kind):
 
 
 def read_functions(
-    path: Path | str,     # .npy, .npz or .h5 file
+    path: Path | str,     # .npy, .npz, .h5 or .pt file
     name: str="",         # of the array in it; not needed where there is one
     kind: str="real",     # "real", or "phase" of complex numbers
 ) -> torch.Tensor:        # float32 (N, 1, n_1, n_2), or cosine and sine (N, 2, n_1, n_2)
-    "Functions from a file of arrays; nothing that could run code is read (`ValueError`, `FileNotFoundError`)."
+    "Functions from a file of arrays or tensors; nothing that could run code is read (`ValueError`, `FileNotFoundError`)."
     path = Path(path)
-    check_choice(kind, "kind", ("real", "phase")); check_choice(path.suffix, "path", (".npy", ".npz", ".h5", ".hdf5"))
+    check_choice(kind, "kind", ("real", "phase")); check_choice(path.suffix, "path", (".npy", ".npz", ".h5", ".hdf5", ".pt", ".pth"))
     if not path.is_file(): raise FileNotFoundError(f"path: there is no {path}")
     arrays = _arrays(path)
     if not name and len(arrays) == 1: name = next(iter(arrays))

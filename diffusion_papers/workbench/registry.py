@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHELVES', 'PACKAGE', 'CONTRACT', 'FILES', 'OPTIONAL', 'COMMANDS', 'shelves', 'heading', 'papers', 'hooks', 'About',
-           'Hook', 'UnfinishedPaper', 'in_the_making', 'lacking', 'paper', 'evidence', 'Demonstration']
+           'Hook', 'Metric', 'UnfinishedPaper', 'in_the_making', 'lacking', 'paper', 'evidence', 'Demonstration']
 
 # %% ../../nbs/workbench/08_registry.ipynb #3358b291
 import ast
@@ -98,6 +98,7 @@ CONTRACT = {
         "build(config)": "a model with initial weights, and its configuration as `model.config`",
         "train(config, folder, resume=True, device='cpu', callback=None)": "a trained model; killed and resumed it ends with the same bits",
         "sample(model, 4)": "samples as a tensor, the first dimension counts them (restored pictures may come with what they are from)",
+        "generate_data(model, folder, count=4, device='cpu')": "many samples in a folder, in pieces that processes share; what is there is kept (`core.generation`)",
         "evaluate(model)": "a list of rows with equal keys; none where the data are not to be read unasked",
         "save_model(path, model)": "a safetensors file (`model_files` makes it and the next two)",
         "load_model(path, 'cpu')": "the model of such a file",
@@ -109,6 +110,7 @@ CONTRACT = {
         "PROBES": "small settings of each study, two minutes at most, by which changed code is verified",
         "BASELINES": "rivals, as the rows of the stored results name them, and what was tuned for each",
         "CLAIMS": "a `Claim` by its title, against every rival that was stored; the front page quotes the first",
+        "METRICS": "what papers print of such samples, by name, each a `Metric`",
         "headline()": "what was measured, in a sentence of the front page, computed from the stored results",
         "demonstrate()": "a `Demonstration`, from shipped checkpoints, in seconds",
         "benchmark('cpu')": "functions by name; each measures, and returns a row or several",
@@ -118,6 +120,7 @@ FILES = {
     "nbs/papers/[0-9][0-9]_{slug}.ipynb": "the paper", "nbs/evidence/[0-9][0-9]_{slug}.ipynb": "its evidence, with the same number",
     "tests/golden/{slug}.py": "`compute(case, arrays)`, which answers the reference cases", "data/results/{slug}.json": "make results",
     "data/benchmarks/{slug}_cpu.json": "make bench", "data/benchmarks/{slug}_scale_cpu.json": "make scale",
+    "data/benchmarks/{slug}_rehearsal.json": "make rehearse",
 }
 OPTIONAL = {  # in the paper's module, where it has them
     "load_authors_checkpoint": "reads released weights", "HOOKS": "commands of its own by name, each a `Hook`",
@@ -140,6 +143,14 @@ class Hook:
     "A command of a paper's own: `python -m diffusion_papers NAME SLUG FILE ...`."
     function: Callable          # its first argument is FILE, the other positional ones are options, those by keyword are for --set
     outputs: tuple = (".png",)  # suffixes of the file that it writes as `output`
+
+
+@dataclass(frozen=True)
+class Metric:
+    "A published measure of many samples: `python -m diffusion_papers evaluate SLUG --metric NAME`."
+    function: Callable     # (samples, model, network, *, device, values for --set) -> numbers by name; the network is the file of --features, or None
+    asks: str = ""         # what that network says, in words; "" where none is asked
+    published: dict = field(default_factory=dict)  # preset -> what the paper reports, and for which setting
 
 # %% ../../nbs/workbench/08_registry.ipynb #85e1969d
 COMMANDS = {  # command -> what a paper must offer for it

@@ -36,6 +36,7 @@ EXPERIMENTS = [{"study": "claim", "seed": seed} for seed in range(3)]
 PROBES = {"claim": [{"seed": 0, "steps": 20, "count": 50}]}
 
 BASELINES = {}  # rivals, as their rows name them -> budget, and what was tuned for each
+METRICS = {}    # what the paper prints of many samples, each a `Metric` (workbench.registry)
 CLAIMS = {}     # title -> a `Claim` (workbench.tables) against every rival that is stored; this skeleton has no rival yet
 
 

@@ -30,9 +30,11 @@ import torch
 
 from diffusion_papers.core.denoisers import Denoiser
 from diffusion_papers.core.diffusion import MODELS, DiffusionConfig, build_denoiser, diffusion_loss, distance_to_data, load_data
+from diffusion_papers.core.generation import Generated, generate
+from diffusion_papers.core.metrics import to_bytes
 from diffusion_papers.core.samplers import euler, sigma_grid
-from diffusion_papers.core.training import TrainingConfig, claim_folder, fit
-from diffusion_papers.workbench.checkpoints import model_files
+from diffusion_papers.core.training import TrainingConfig, claim_folder, fit, processes, step_seed
+from diffusion_papers.workbench.checkpoints import digest, model_files
 from diffusion_papers.workbench.checks import check_fields, check_range, check_seed
 from diffusion_papers.workbench.configs import Config
 from diffusion_papers.workbench.registry import About
@@ -149,6 +151,24 @@ def sample(
     noise = torch.randn(count, *model.network.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     sigmas = sigma_grid(model.process, calls)
     return euler(model, sigmas[0] * noise, sigmas).to(noise.dtype)
+
+
+def generate_data(
+    model: Denoiser,          # trained
+    folder: Path | str,       # where the samples go
+    *,
+    count: int=50_000,        # samples
+    calls: int=10,            # of the network
+    seed: int=0,              # of the noise
+    size: int=250,            # samples at once
+    device: str | None=None,  # "cpu", "cuda", or None for the best there is
+) -> Generated:               # images (C, H, W), uint8
+    "Draw many samples, in pieces that several processes share; what is there is kept."
+    check_range(calls, "calls", 1), check_seed(seed)
+    model.to(processes(device).device)
+    draw = lambda piece: {"images": to_bytes(sample(model, len(piece), calls=calls, seed=step_seed(seed, piece.start)).clamp(-1, 1))}
+    about = {"model": digest(model.state_dict(), {}), "calls": calls, "seed": seed}
+    return generate(draw, count, folder, size=size, about=about, device=device)
 
 
 def evaluate(
