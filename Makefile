@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test test-kernels mutants lab results bench scale audit docs look readme paper notebooks clean
+.PHONY: help setup demo test test-kernels mutants lab results bench scale rehearse audit docs look readme paper notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench: setup ## timings of PAPER against straightforward ways to do the same
 
 scale: setup ## build, train one step, save and resume every configuration of PAPER
 	$(RUN) scale $(PAPER)
+
+rehearse: setup ## the commands that the page of PAPER prints, on tiny files in the real formats: train, killed, resumed, sample, measure
+	$(BIN)/python tools/rehearse.py $(PAPER)
 
 audit: setup ## attack DPDM's private step, right and sabotaged: lower bounds of epsilon, where 1 is claimed
 	$(BIN)/python -c "from diffusion_papers.evidence.dpdm import report_audit; raise SystemExit(not report_audit())"

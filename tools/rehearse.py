@@ -1,0 +1,305 @@
+"""The commands that a paper's page prints, rehearsed: `make rehearse PAPER=slug`, or `python tools/rehearse.py SLUG [PRESET ...]`.
+
+A chain is a block of commands on the page whose first line names a preset; a table below it names further ones. For each, tiny files are
+written in the formats that the real data have, and the commands are run as they stand, but for what `rehearsal.toml` lists. The first
+training is killed when it has written its first checkpoint; the next command resumes it. What ran is stored in data/benchmarks.
+"""
+import functools
+import gzip
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import nn
+
+from diffusion_papers import dfno, i2sb
+from diffusion_papers.core.networks import authors_keys
+from diffusion_papers.topics.flax_weights import flax_tensors, write_msgpack
+from diffusion_papers.workbench.files import whole_file
+from diffusion_papers.workbench.registry import evidence, paper, papers
+from diffusion_papers.workbench.timing import measure, table_path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = tomllib.loads((ROOT / "tools" / "rehearsal.toml").read_text(encoding="utf-8"))
+
+
+# ---- what a page prints
+
+def page(slug):
+    "The text of a paper's notebook, without its code."
+    [path] = (ROOT / "nbs" / "papers").glob(f"[0-9][0-9]_{slug}.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def chains(
+    text: str,                            # of a page
+) -> list[tuple[dict, list[str]]]:        # values of the words with a $, and commands
+    "The chains of commands of a page, one for each row of the table below a block."
+    found, blocks = [], list(re.finditer(r"^```\n(\w+=\S+(?: \w+=\S+)*)\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL))
+    for block, following in pairwise([*blocks, None]):
+        values = dict(pair.split("=", 1) for pair in block[1].split())
+        between = text[block.end():following.start() if following else len(text)].split("\n```", 1)[0]
+        lines = re.findall(r"^\| (.*) \|$", between[:between.find("\n#") if "\n#" in between else None], re.MULTILINE)
+        rows = [line.split(" | ") for line in lines]
+        names = rows[0] if rows and rows[0][0] == "preset" else []
+        found += [(values | dict(zip(names, row)), block[2].splitlines()) for row in (rows[1:] if names else [[]])]
+    return found
+
+
+def title(values): return " ".join(values[name] for name in ("preset", "task") if name in values)
+
+
+# ---- what is changed in a command
+
+def overrides(slug, command, preset):
+    "The values of the list, as words for --set; those of a preset come last, so they count."
+    listed = LIST[slug].get(command, {})
+    chosen = {name: value for name, value in listed.items() if not isinstance(value, dict)} | listed.get(preset, listed.get(preset.split("_")[0], {}))
+    return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+
+
+def takes(slug, words):
+    "The values that a command would take, of those that are listed for several."
+    if words[0] != "evaluate": return lambda name: True
+    metric = evidence(slug).METRICS[words[words.index("--metric") + 1]]
+    return lambda name: name in inspect.signature(metric.function).parameters
+
+
+def rehearsed(
+    line: str,       # a command as it is printed
+    values: dict,    # of the words with a $
+) -> list[str]:      # the program and its words
+    "A printed command as it is rehearsed."
+    line = string.Template(line).substitute(values).replace(LIST["launch"]["folder"] + "/", "data/")
+    launcher, _, rest = line.partition("diffusion_papers ")
+    words = shlex.split(rest)
+    if "--device" in words: words[words.index("--device") + 1] = LIST["launch"]["device"]
+    else: words += ["--device", LIST["launch"]["device"]]
+    fits = takes(words[1], words)
+    more = [pair for pair in overrides(words[1], words[0], values["preset"]) if fits(pair.split("=")[0])]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(LIST["launch"]["processes"])]
+    return [sys.executable, *(several if launcher.startswith("accelerate launch") else []), "-m", "diffusion_papers", *words, *(["--set", *more] if more else [])]
+
+
+# ---- tiny files in the formats of the real ones
+
+def pictures(count, size, seed=0):
+    "Smooth pictures, no two alike (N, H, W, 3), bytes."
+    rough = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(each).resize((size, size), Image.BICUBIC)) for each in rough]
+
+
+def write_picture_folder(place, classes=("",), each=6):
+    "JPEG files, in one subfolder a class; names as ImageNet's validation images have them."
+    for number, name in enumerate(classes):
+        (place / name).mkdir(parents=True, exist_ok=True)
+        for index, pixels in enumerate(pictures(each, 96, number)):
+            with whole_file(place / name / f"picture_{number * each + index:08d}.JPEG") as unfinished: Image.fromarray(pixels).save(unfinished, "JPEG")
+
+
+def write_cifar(place):
+    "The binary batches: a label and 3,072 bytes, channel by channel."
+    place.mkdir(parents=True)
+    for number, name in enumerate([*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin"]):
+        records = [bytes([index % 10]) + pixels.transpose(2, 0, 1).tobytes() for index, pixels in enumerate(pictures(4, 32, number))]
+        with whole_file(place / name) as unfinished: unfinished.write_bytes(b"".join(records))
+
+
+def write_idx(place):
+    "MNIST's four files, compressed: light strokes on black."
+    place.mkdir(parents=True)
+    for part, count in (("train", 40), ("t10k", 20)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        for index in range(count): images[index, 4 + index % 5:24 - index % 7, 10:16] = 255
+        for what, content in (("images-idx3", images), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
+            head = bytes([0, 0, 8, content.ndim]) + b"".join(length.to_bytes(4, "big") for length in content.shape)
+            with whole_file(place / f"{part}-{what}-ubyte.gz") as unfinished: unfinished.write_bytes(gzip.compress(head + content.tobytes()))
+
+
+class Shades(nn.Module):
+    "In the place of Inception: means and spreads of the channels; it knows the word that the real file knows."
+    def forward(self, images, return_features: bool=False):
+        levels = images.float() / 255
+        return torch.cat([levels.mean((2, 3)), levels.std((2, 3))], dim=1)
+
+
+class Colours(nn.Module):
+    "In the place of a classifier: two classes."
+    def forward(self, images): return images.mean((2, 3))[:, :2]
+
+
+class Maps(nn.Module):
+    "In the place of a VGG: the picture, and half of it."
+    def forward(self, images): return [images, nn.functional.avg_pool2d(images, 2)]
+
+
+def write_script(network, place):
+    "A network as TorchScript."
+    with warnings.catch_warnings(), whole_file(place) as unfinished:
+        warnings.simplefilter("ignore")
+        torch.jit.script(network).save(unfinished)
+
+
+def write_arrays(place, **arrays):
+    "Arrays by name, as NumPy packs them."
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with whole_file(place) as unfinished: unfinished.write_bytes(buffer.getvalue())
+
+
+def write_teacher(place, config):
+    "A released teacher: flax's file, with the averaged weights."
+    network = dfno.build_teacher(config).network
+    with whole_file(place) as unfinished: write_msgpack(unfinished, {"ema_params": flax_tensors(getattr(network, "network", network))})
+
+
+def write_adm(place, config):
+    "An unconditional ADM: twice as many channels in the output, for the variance."
+    network = i2sb.build(config.override(start="", conditional=False)).network
+    state = {theirs: network.state_dict()[ours] for ours, theirs in authors_keys(network, "adm")}
+    with whole_file(place) as unfinished: torch.save({name: torch.cat([value, value]) if name.startswith("out.2") else value for name, value in state.items()}, unfinished)
+
+
+def write_list(place, folder):
+    "The names of some pictures of a folder, which lie elsewhere on another machine."
+    names = sorted(path.name for path in folder.rglob("*.JPEG"))[:8]
+    with whole_file(place) as unfinished: unfinished.write_text("".join(f"/elsewhere/{name}\n" for name in names))
+
+
+def radar(): return np.exp(1j * np.cumsum(np.random.default_rng(0).normal(size=(6, 128, 128)), axis=2)).astype(np.complex64)
+
+
+def write_flow(place):
+    "A file of tensors: forces x, vorticity y."
+    fields = torch.randn(6, 128, 128, generator=torch.Generator().manual_seed(0))
+    with whole_file(place) as unfinished: torch.save({"x": fields, "y": fields.cumsum(1) / 8}, unfinished)
+
+
+def masks(): return {name: np.packbits(np.random.default_rng(0).random((8, 256, 256)) < 0.15) for name in ("10-20% freeform", "20-30% freeform")}
+
+
+WRITERS = {  # how a file or a folder is called on the pages -> what writes it, given the place and the configuration
+    r"cifar-10-batches-bin": lambda place, config: write_cifar(place),
+    r"mnist": lambda place, config: write_idx(place),
+    r"imagenet/(train|val)": lambda place, config: write_picture_folder(place, ("n01440764", "n01443537")),
+    r"(lsun/|afhqv2/|celeba).*": lambda place, config: write_picture_folder(place, each=12),
+    r"inception.*\.pt": lambda place, config: write_script(Shades(), place),
+    r"resnet.*\.pt": lambda place, config: write_script(Colours(), place),
+    r"vgg.*\.pt": lambda place, config: write_script(Maps(), place),
+    r".*\.msgpack": write_teacher,
+    r"256x256.*\.pt": write_adm,
+    r"val10k\.txt": lambda place, config: write_list(place, place.parent / "imagenet/val"),
+    r"imagenet256-train\.npz": lambda place, config: write_arrays(place, mu=np.zeros(6), sigma=np.eye(6)),
+    r".*masks\.npz": lambda place, config: write_arrays(place, **masks()),
+    r"insar\.npz": lambda place, config: write_arrays(place, insar=radar()),
+    r"nsforcing.*\.pt": lambda place, config: write_flow(place),
+}
+
+
+def write_files(folder, values, config):
+    "Whatever files the values of a chain name."
+    for name, value in values.items():
+        if name in ("preset", "task"): continue
+        short = value.removeprefix(LIST["launch"]["folder"] + "/")
+        place = folder / ("data" if short != value else "") / short
+        [writer] = [writer for pattern, writer in WRITERS.items() if re.fullmatch(pattern, short)]
+        if not place.exists(): place.parent.mkdir(parents=True, exist_ok=True); writer(place, config)
+
+
+# ---- the rehearsal
+
+def environment(): return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(words, folder):
+    "Run a command to its end; what it says on the way (`RuntimeError` where it fails)."
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"{shlex.join(words[1:])}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def kill(process):
+    "Kill a process and all that it started, at once, as a power cut would."
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in family: each.send_signal(signal.SIGSTOP)  # nobody sees the others die
+    for each in family: each.kill()
+    psutil.wait_procs(family[:-1])
+
+
+def run_until_checkpoint(words, folder, run_folder):
+    "Run a training, and kill it, with all its processes, as soon as it has written a checkpoint."
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None and not list((folder / run_folder).rglob("run.safetensors")): time.sleep(0.01)
+        killed = process.poll() is None
+        if killed: kill(process)
+        process.wait()
+        said.seek(0)
+        if not killed: raise RuntimeError(f"{shlex.join(words[1:])}: ended before it could be killed (exit code {process.returncode})\n{said.read()[-3000:]}")
+
+
+def rehearse(
+    slug: str,             # the paper
+    values: dict,          # of the words with a $
+    commands: list[str],   # as the page prints them
+    folder: Path,          # where everything happens
+) -> dict:                 # a row
+    "Run a chain of commands: train, killed; resume; sample; measure."
+    began, told = time.perf_counter(), []
+    sets = [pair.split("=", 1) for pair in overrides(slug, "train", values["preset"])]
+    write_files(folder, values, paper(slug).CONFIGS[values["preset"]].override(**dict(sets)))
+    for line in commands:
+        words = rehearsed(line, values)
+        kind, resumed = words[words.index("diffusion_papers") + 1], "--resume" in words
+        if kind == "train" and not resumed: run_until_checkpoint(words, folder, words[words.index("--folder") + 1])
+        else: said = run(words, folder)
+        told.append("killed" if kind == "train" and not resumed else "resumed" if kind == "train" else
+                    words[words.index("--metric") + 1] if kind == "evaluate" else kind)
+    return {"preset": title(values), "ran": ", ".join(told), "on": time.strftime("%Y-%m-%d"), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def rehearse_all(
+    slug: str,              # the paper
+    chosen: tuple=(),       # titles of chains; all by default
+):
+    "Rehearse the chains of a page; the table is stored when all ran."
+    found = {title(values): (values, commands) for values, commands in chains(page(slug))}
+    missing = {preset for preset in paper(slug).CONFIGS if paper_scale(slug, preset)} - {values["preset"] for values, _ in found.values()}
+    if missing: raise RuntimeError(f"{slug}: the page prints no commands for {', '.join(sorted(missing))}")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {name: functools.partial(rehearse, slug, *found[name], Path(folder)) for name in chosen or found}
+        if chosen: return [part() for part in parts.values()]
+        return measure(table_path(f"{slug}_rehearsal"), parts, f"make rehearse PAPER={slug}", (f"diffusion_papers.{slug}.train", f"diffusion_papers.{slug}.generate_data"))
+
+
+def paper_scale(slug, preset):
+    "Whether a preset is a published one: the others train from what ships."
+    config = paper(slug).CONFIGS[preset]
+    data = getattr(config, "diffusion", config).data
+    return data in ("cifar10", "images", "idx", "cifar", "file", "distances")
+
+
+if __name__ == "__main__":
+    try:
+        slug, *chosen = sys.argv[1:]
+        if slug not in papers(): raise ValueError(f"PAPER: expected one of {', '.join(papers())}, got {slug!r}")
+        for row in rehearse_all(slug, tuple(chosen)): print(row)
+    except (ValueError, RuntimeError) as error: sys.exit(f"error: {error}")
