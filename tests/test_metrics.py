@@ -94,7 +94,8 @@ def test_a_shifted_set_is_as_far_as_the_shift_over_the_root_of_the_dimensions():
     samples = random(50, 2, 5)
     shift = double([1.0, 0, 0, 2, 0, 0, 0, 0, -2, 0]).reshape(2, 5)
     found = sliced_wasserstein(samples, samples + shift, seeded(), 20_000)
-    assert found == pytest.approx(3 / math.sqrt(10), rel=0.02) and sliced_wasserstein(samples, samples.flip(0), seeded()) == 0
+    assert found == pytest.approx(3 / math.sqrt(10), rel=0.02)
+    assert sliced_wasserstein(samples, samples.flip(0), seeded()) < 1e-12  # a product of matrices may round by its row
 
 
 def test_directions_are_of_unit_length_and_as_many_as_asked_for():
