@@ -172,8 +172,8 @@ def test_a_classifier_sees_224_normalised_pixels(script, tmp_path):
     levels = torch.tensor([0, 140, 150, 255], dtype=torch.uint8)
     classes = load_classifier(script(Shown()))(levels[:, None, None, None].expand(-1, 3, 8, 8))
     assert classes.tolist() == [int((level / 255 - 0.485) / 0.229 > 0.4) for level in levels.tolist()] == [0, 0, 1, 1]
-    made = kept(levels[:, None, None, None].expand(-1, 3, 8, 8).contiguous(), tmp_path / "made", class_label=torch.tensor([1, 0, 1, 0]))
-    assert i2sb_evidence.measure_accuracy(made, None, tmp_path / "network.pt", size=3, device="cpu") == {"accuracy": 0.5}
+    made = kept(levels[:, None, None, None].expand(-1, 3, 8, 8).contiguous(), tmp_path / "made", class_label=torch.tensor([0, 0, 1, 0]))
+    assert i2sb_evidence.measure_accuracy(made, None, tmp_path / "network.pt", size=3, device="cpu") == {"accuracy": 0.75}
     without = kept(bytes_of(4), tmp_path / "without")
     with pytest.raises(ValueError, match="no classes"): i2sb_evidence.measure_accuracy(without, None, tmp_path / "network.pt", device="cpu")
 
