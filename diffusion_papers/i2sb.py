@@ -732,5 +732,5 @@ def generate_data(
                   if "class_label" in samples[0] else {})
         return {"images": to_bytes(images.clamp(-1, 1)), **labels}
     about = {"model": digest(model.state_dict(), {}), "task": model.config.task, "calls": calls, "seed": seed,
-             "data": data_path, "chosen": chosen, "masks": None if masks is None else len(masks)}
+             "data": data_path, "chosen": chosen, "masks": [masks_path, ratio] if masks_path else None if masks is None else len(masks)}
     return generate(draw, count, folder, size=size, about=about, device=device)

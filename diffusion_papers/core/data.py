@@ -350,7 +350,7 @@ def idx_folder(
     if None in found: raise ValueError(f"{name}: expected {part}-images... and {part}-labels... in {folder}")
     return idx_images(*found)
 
-
+# %% ../../nbs/core/07_data.ipynb #a99c97c0
 def cifar_images(
     paths: list,         # binary batches, for instance data_batch_1.bin to data_batch_5.bin
     classes: int=10,     # 10, or 100 (two labels a record, of which the fine one is taken)

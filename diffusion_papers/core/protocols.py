@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTRACTOR', 'load_network', 'load_extractor', 'load_feature_maps', 'load_classifier', 'stored_moments', 'name_of',
-           'data_name', 'real_moments', 'read_moments', 'fid', 'model_fid', 'nearest_preset']
+           'data_name', 'real_moments', 'read_moments', 'reference_moments', 'fid', 'model_fid', 'nearest_preset']
 
 # %% ../../nbs/core/12_protocols.ipynb #ad127573
 import hashlib
@@ -183,6 +183,19 @@ def read_moments(
     moments.products += (count - 1) * covariance + count * mean[:, None] * mean
     return moments
 
+# %% ../../nbs/core/12_protocols.ipynb #9cccf6e0
+def reference_moments(
+    load: Callable,           # () -> real pictures, as `real_moments` takes them
+    features: Path | str,     # a TorchScript file, see `load_extractor`
+    statistics: str="",       # a file of statistics, instead of real pictures, see `read_moments`
+    real: int=0,              # how many of them count, the first ones; 0 is all
+    size: int=250,            # images at once
+    device: str | None=None,  # "cpu", "cuda", or None for the best there is
+) -> Moments:
+    "What samples are compared with."
+    check_range(real, "real", 0)
+    return read_moments(statistics) if statistics else real_moments(load(), features, count=real, size=size, device=device)
+
 # %% ../../nbs/core/12_protocols.ipynb #9fd0201f
 def fid(
     made,                     # what `generate` wrote: a map-style data set with images (C, H, W), uint8, in a `folder`
@@ -215,13 +228,9 @@ def model_fid(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> dict:                    # fid
     "FID against the training pictures."
-    check_range(real, "real", 0)
-    if statistics: reference = read_moments(statistics)
-    else:
-        config = model.config.diffusion
-        data = load_data(replace(config, data_path=data_path or config.data_path, mirrored=False))
-        reference = real_moments(data, features, count=real, size=size, device=device)
-    return {"fid": fid(made, features, reference, size=size, device=device)}
+    config = model.config.diffusion
+    load = lambda: load_data(replace(config, data_path=data_path or config.data_path, mirrored=False))
+    return {"fid": fid(made, features, reference_moments(load, features, statistics, real, size, device), size=size, device=device)}
 
 # %% ../../nbs/core/12_protocols.ipynb #de53b1bd
 def nearest_preset(

@@ -22,7 +22,7 @@ from ..workbench.tables import Claim, against, values
 from ..workbench.timing import paired
 from ..core.data import TensorSet
 from ..core.denoisers import per_sample
-from ..core.protocols import EXTRACTOR, fid, read_moments, real_moments
+from ..core.protocols import EXTRACTOR, fid, reference_moments
 from ..core.training import step_seed
 from ..topics.fluids import NavierStokes
 from ..topics.function_data import FORCE, circular_moments, function_measures, vorticity
@@ -107,8 +107,8 @@ def measure_fid(
 ) -> dict:                    # fid
     "FID of the masks of signed distances."
     if model.config.channels != 1: raise ValueError("model: phases have no masks; ask for --metric circular")
-    if statistics: reference = read_moments(statistics)
-    else: reference = real_moments(TensorSet(_masks(_real_functions(model, data_path)) / 127.5 - 1), features, size=size, device=device)
+    load = lambda: TensorSet(_masks(_real_functions(model, data_path)) / 127.5 - 1)
+    reference = reference_moments(load, features, statistics, size=size, device=device)
     return {"fid": fid(made, features, reference, images=lambda batch: _masks(batch["functions"]), size=size, device=device)}
 
 

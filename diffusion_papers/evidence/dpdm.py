@@ -28,7 +28,7 @@ from ..workbench.tables import Claim, against
 from ..workbench.timing import alone, paired
 from ..core.data import TensorSet, digits
 from ..core.denoisers import per_sample
-from ..core.protocols import EXTRACTOR, fid, read_moments, real_moments
+from ..core.protocols import EXTRACTOR, fid, reference_moments
 from ..core.training import processes, step_seed
 from ..topics.privacy import (Ledger, Mechanism, check_private, ghost_clipped_sum, noise_multiplier_for, poisson_batch,
                                              public_generator, secret_generator)
@@ -313,10 +313,8 @@ def measure_fid(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> dict:                    # fid
     "FID against the training pictures; grey ones have three equal channels."
-    check_range(real, "real", 0)
-    if statistics: reference = read_moments(statistics)
-    else: reference = real_moments(load_data(replace(model.config, data_path=data_path or model.config.data_path)), features, count=real, size=size, device=device)
-    return {"fid": fid(made, features, reference, size=size, device=device)}
+    load = lambda: load_data(replace(model.config, data_path=data_path or model.config.data_path))
+    return {"fid": fid(made, features, reference_moments(load, features, statistics, real, size, device), size=size, device=device)}
 
 
 def measure_classifiers(

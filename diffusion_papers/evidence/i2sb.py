@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from ..core.data import ImageFolder, digits, photographs, random_crops
 from ..core.generation import pieces
-from ..core.protocols import EXTRACTOR, fid, load_classifier, load_feature_maps, read_moments, real_moments
+from ..core.protocols import EXTRACTOR, fid, load_classifier, load_feature_maps, reference_moments
 from ..core.training import Draws, processes, progress_bar
 from ..dfno import perceptual
 from ..i2sb import CONFIGS, I2sb, evaluate, listed, load_data, load_pretrained, restore_images, shipped, test_data, train
 from ..topics.corruptions import blur, degrade, gaussian_blur, jpeg, jpeg_file, reduced_and_repeated
 from ..workbench.checkpoints import pretrained_path
-from ..workbench.checks import check_device, check_range, require
+from ..workbench.checks import check_device, require
 from ..workbench.registry import Demonstration, Metric
 from ..workbench.results import file_digest, load_results, select
 from ..workbench.tables import Claim, against
@@ -244,11 +244,10 @@ def measure_fid(
     device: str | None=None,  # "cpu", "cuda", or None for the best there is
 ) -> dict:                    # fid
     "FID of restored pictures against clean ones."
-    check_range(real, "real", 0)
-    if statistics: return {"fid": fid(made, features, read_moments(statistics), size=size, device=device)}
-    if not reference_path and model.config.data == "images": raise ValueError("reference_path: say in which folder the clean pictures lie, or give statistics")
-    data = ImageFolder(reference_path, model.shape[-1], max_pixels=model.config.max_pixels) if reference_path else load_data(model.config)
-    return {"fid": fid(made, features, real_moments(data, features, count=real, size=size, device=device), size=size, device=device)}
+    if not (reference_path or statistics) and model.config.data == "images":
+        raise ValueError("reference_path: say in which folder the clean pictures lie, or give statistics")
+    load = lambda: ImageFolder(reference_path, model.shape[-1], max_pixels=model.config.max_pixels) if reference_path else load_data(model.config)
+    return {"fid": fid(made, features, reference_moments(load, features, statistics, real, size, device), size=size, device=device)}
 
 
 def _mean_over_pieces(function, count, size, device):
