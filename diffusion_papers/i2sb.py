@@ -285,6 +285,17 @@ class I2sb(nn.Module):
         "The network as an estimate of the clean image, for the method \"diffusion\"."
         return Denoiser(self.network, LinearVP(), self.config.prediction, "time")
 
+    def denoise_beside(
+        self,
+        x1: torch.Tensor,                  # degraded images (B, C, H, W)
+        mask: torch.Tensor | None=None,    # 1 in holes; elsewhere the degraded image is right
+    ) -> Callable:                         # x, sigma (B,) -> estimate of the clean images, as samplers ask for it
+        "The denoiser of the method \"diffusion\", to which degraded images are shown."
+        def denoise(x, sigma):
+            x0 = self.denoiser(x, sigma, condition=x1)
+            return x0 if mask is None else torch.where(mask > 0, x0, x1)
+        return denoise
+
 
 def build(
     config: I2sbConfig,  # for instance CONFIGS["cpu"]
@@ -388,11 +399,8 @@ def restore_images(
     x1 = x1.to(model.device, next(model.parameters()).dtype)
     if mask is not None: mask = check_mask(mask, x1).to(x1)
     if config.method == "diffusion":
-        def denoise(x, sigma):
-            x0 = model.denoiser(x, sigma, condition=x1)
-            return x0 if mask is None else torch.where(mask > 0, x0, x1)
         sigmas = torch.cat([sigma_grid(LinearVP(), calls, 1.0)[:-1], torch.zeros(1, dtype=torch.float64)])
-        return ancestral(denoise, white(generator)(x1) * sigmas[0].to(x1), sigmas, noise=white(generator),
+        return ancestral(model.denoise_beside(x1, mask), white(generator)(x1) * sigmas[0].to(x1), sigmas, noise=white(generator),
                          callback=callback)
     start = x1 + white(generator)(x1) if config.noisy_start else x1
     noise = white(generator) if config.stochastic and config.method == "bridge" else None
@@ -407,6 +415,7 @@ def evaluate(
     calls: tuple=(1, 2, 5, 10),  # of the network
     seed: int=1000,           # of the damage and of the noise
     data=None,                # clean images (map-style data set); None is `test_data`
+    restore: Callable=restore_images,  # another way to restore, called as this one is
 ) -> list[dict]:  # rows: calls, psnr in decibels, and for digits frechet and accuracy; 0 calls is the degraded image
     "Restore images, and compare with the clean ones."
     for number in calls: check_range(number, "calls", 1, len(model.schedule) - 1)
@@ -418,7 +427,7 @@ def evaluate(
     x1, mask = degrade(x0, model.config.task, Draws(torch.Generator().manual_seed(seed)))
     rows = []
     for number in progress((0, *calls), "measuring"):
-        images = (x1 if number == 0 else restore_images(model, x1, mask, calls=number, seed=seed).cpu()).clamp(-1, 1)
+        images = (x1 if number == 0 else restore(model, x1, mask, calls=number, seed=seed).cpu()).clamp(-1, 1)
         row = {"calls": number, "psnr": psnr(images, x0).mean().item(), "frechet": None, "accuracy": None}
         if model.config.data == "digits":
             judge = digit_judge()

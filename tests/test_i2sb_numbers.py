@@ -355,14 +355,13 @@ def test_what_is_known_is_noised_as_the_bridge_at_the_time_that_is_reached():
     assert told == pytest.approx([0, *(f[n] * b[n] / math.hypot(f[n], b[n]) for n in (13, 6))], rel=0.05) and found.abs().max() == 0
 
 
-def test_an_evaluation_says_what_was_restored(monkeypatch):
+def test_an_evaluation_says_what_was_restored():
     truth, labels = digits("test").tensors["x0"][:60], digits("test").tensors["class_label"][:60]
     asked = []
     def restored(model, x1, mask, *, calls, seed):
         asked.append((calls, seed, x1, mask))
         return {1: 0.8 * truth, 2: truth * 3}[calls]
-    monkeypatch.setattr(i2sb, "restore_images", restored)
-    before, one, two = i2sb.evaluate(i2sb.build(DIGITS), 60, calls=(1, 2), seed=7)
+    before, one, two = i2sb.evaluate(i2sb.build(DIGITS), 60, calls=(1, 2), seed=7, restore=restored)
     decibels = lambda images: (10 * np.log10(4 / ((images.clamp(-1, 1) - truth) ** 2).flatten(1).mean(1).numpy())).mean()
     judge = digit_judge()
     def distance(images):
