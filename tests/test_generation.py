@@ -8,7 +8,7 @@ need("train", "data")
 import pytest
 import torch
 
-from diffusion_papers.core.generation import Generated, data_moments, generate, generated_moments, noise_for, pieces, slerp
+from diffusion_papers.core.generation import Generated, generate, noise_for, pieces, slerp
 from diffusion_papers.core.training import step_seed
 
 
@@ -58,16 +58,3 @@ def test_only_what_is_missing_is_drawn_again(tmp_path):
     assert asked == [0, 3, 6, 3]
 
 
-def test_moments_are_of_all_samples():
-    samples = torch.randn(23, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moments = generated_moments(lambda piece: samples[piece.start:piece.stop], 23, lambda x: x.flatten(1)[:, :3], size=5, device="cpu")
-    wanted = samples.flatten(1)[:, :3]
-    assert moments.count == 23 and moments.mean == pytest.approx(wanted.mean(0)) and moments.covariance == pytest.approx(wanted.T.cov())
-
-
-def test_real_pictures_are_measured_by_their_bytes():
-    values = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2) * 23
-    data = [{"x0": image / 127.5 - 1} for image in values]
-    moments = data_moments(data, lambda images: images.flatten(1).double(), size=2, device="cpu")
-    assert moments.count == 3 and moments.mean == pytest.approx(values.double().flatten(1).mean(0))
-    assert data_moments(data, lambda images: images.flatten(1).double(), 2, device="cpu").count == 2

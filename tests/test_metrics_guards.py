@@ -9,7 +9,6 @@ import torch
 from diffusion_papers import genie
 from diffusion_papers.workbench.checks import clipped
 from diffusion_papers.core.diffusion import MODELS, distance_to_data
-from diffusion_papers.core.generation import data_moments
 from diffusion_papers.core.metrics import (digit_judge, frechet_features, frechet_pixels, inside, moments_of, precision_recall, psnr,
                                            sliced_wasserstein, to_bytes)
 from diffusion_papers.workbench.plots import to_pixels
@@ -35,7 +34,6 @@ MEASURES = {
 STRICT = {  # not of samples: no overshoot either
     "psnr, truth": ("truth", lambda images: psnr(GOOD, images)),
     "judge": ("images", lambda images: Judge().features(images)),
-    "data_moments": ("data", lambda images: data_moments([{"x0": image} for image in images], small, size=3)),
     "utility": ("images", lambda images: utility(images, torch.arange(6), {"x0": GOOD, "class_label": torch.arange(6)})),
     "utility, real": ("real", lambda images: utility(GOOD, torch.arange(6), {"x0": images, "class_label": torch.arange(6)})),
 }

@@ -79,6 +79,13 @@ def test_fid_is_that_of_the_networks_features(script, tmp_path):
     assert found == pytest.approx(frechet(network(made), network(real)), rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [127.5, 3.0])
+def test_real_pictures_of_another_range_are_refused(script, tmp_path, scale):
+    wrong = TensorSet((bytes_of(6) / 127.5 - 1) * scale)
+    with pytest.raises(ValueError, match=r"(data|images): expected values (in|about) \[-1, 1\]"):
+        real_moments(wrong, script(Means()), cache=tmp_path / "kept", device="cpu")
+
+
 def test_grey_pictures_come_in_three_channels_and_features_are_asked_for_by_their_word(script):
     grey = bytes_of(5, (1, 4, 4))
     assert torch.equal(load_extractor(script(Asked()))(grey), grey.double().mean((2, 3)).expand(-1, 3))

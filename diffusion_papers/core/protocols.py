@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..workbench.checks import check_device, check_range
+from ..workbench.checks import check_device, check_images, check_range
 from ..workbench.configs import Config, differences
 from ..workbench.results import file_digest
 from .diffusion import load_data
@@ -159,7 +159,7 @@ def real_moments(
     "Mean and covariance of the features of real pictures: computed once, then read."
     extractor, count = load_extractor(features, processes(device).device.type), min(len(data), count or len(data))
     about = {"features": file_digest(Path(features)), "data": data_name(data), "count": count}
-    draw = lambda numbers: to_bytes(torch.stack([data[number]["x0"] for number in numbers]), nearest=True)
+    draw = lambda numbers: to_bytes(check_images(torch.stack([data[number]["x0"] for number in numbers]), "data"), nearest=True)
     return stored_moments(draw, count, extractor, Path(cache) / name_of(about), about=about, size=size, device=device)
 
 # %% ../../nbs/core/12_protocols.ipynb #565a5f2c
