@@ -5,7 +5,8 @@ import pytest
 
 EXTRAS = {"train": ("accelerate", "safetensors", "tqdm"), "data": ("sklearn", "skimage", "PIL", "scipy", "h5py"),
           "plots": ("matplotlib", "plotly", "ipywidgets"), "flax": ("msgpack",),
-          "dev": ("hypothesis", "jsonschema", "yaml", "nbdev", "nbformat", "radon", "jupytext")}
+          "dev": ("hypothesis", "jsonschema", "yaml", "nbdev", "nbformat", "radon", "jupytext"),
+          "oracles": ("torchdeq", "OneEuroFilter")}  # other people's programs, to compare with: in the extra dev
 
 
 def need(*extras):

@@ -1,0 +1,99 @@
+"""LDEQ's golden cases: solvers, gradients at equilibria."""
+import warnings
+
+import numpy as np
+import torch
+
+from diffusion_papers.topics.equilibrium import (
+    Anderson, Broyden, FixedPoint, Implicit, Neumann, OneStep, Phantom, Stop, equilibrium, jacobian_penalty, solve, spectral_radius, unrolled)
+
+INPUTS = {"solvers": {"A", "b", "W", "c", "z0", "m", "lam"}, "implicit_grad": {"W", "U", "b", "x", "y"}}
+
+
+def inputs_of(case, names): return INPUTS[case]
+
+
+def on_the_way(f, z0, solver, stop):
+    "The states that f was evaluated at, and the solution."
+    states = []
+    solution = solve(f, z0, solver, stop, callback=lambda evaluation, state, residual: states.append(state))
+    return torch.stack(states), solution
+
+
+def steps_until(f, z0, solver, measure, before):
+    "Steps until the mean residual is below 1e-6; `before` evaluations are none."
+    return solve(f, z0, solver, Stop(500, 1e-6, measure, together=True)).evaluations - before
+
+
+def other_library(f, z0, solver, counted):
+    "As torchdeq does it: all go on until the last has arrived; Broyden answers with the state, and does not count its first evaluation."
+    needed = solve(f, z0, solver, Stop(40, 1e-9)).evaluations
+    answer = "z" if isinstance(solver, Broyden) else "f(z)"
+    return solve(f, z0, solver, Stop(needed, 0, answer=answer)).z, torch.full((len(z0),), needed - counted, dtype=torch.float64)
+
+
+def solver_case(arrays):
+    given = {name: torch.as_tensor(arrays[name]) for name in INPUTS["solvers"]}
+    maps = {"lin": lambda z: z @ given["A"].T + given["b"], "tanh": lambda z: torch.tanh(z @ given["W"].T + given["c"])}
+    memory, ridge, z0, found = int(arrays["m"]), float(arrays["lam"]), given["z0"], {}
+    for name, f in maps.items():
+        longest = solve(f, z0, Anderson(8, 1e-12), Stop(500, 0)).z
+        steps = len(arrays[f"{name}_fpi_traj"])
+        states, last = on_the_way(f, z0, FixedPoint(), Stop(steps, 0))
+        absolute = solve(f, z0, FixedPoint(), Stop(steps, 0, "absolute"))
+        found |= {f"{name}_zstar": longest, f"{name}_fpi_traj": torch.cat([states[1:], last.z[None]]), f"{name}_fpi_stability": absolute.stable,
+                  f"{name}_fpi_final_abs_rel": torch.stack([absolute.history[-1].mean(), last.history[-1].mean()])}
+        for prefix in {key.removesuffix("_traj") for key in arrays if key.startswith(f"{name}_anderson") and key.endswith("_traj")}:
+            solver = Anderson(memory, ridge, relative=False, mixing=float(prefix.split("beta")[1]))
+            budget = len(arrays[f"{prefix}_traj"]) + 2
+            states, solution = on_the_way(f, z0, solver, Stop(budget, 0, "shifted", together=True, answer="z"))
+            absolute = solve(f, z0, solver, Stop(budget, 0, "absolute", together=True))
+            found |= {f"{prefix}_traj": states[2:], f"{prefix}_result": solution.z, f"{prefix}_rel_trace": solution.history[2:].mean(1),
+                      f"{prefix}_abs_trace": absolute.history[2:].mean(1)}
+        budget = len(arrays[f"{name}_broyden_traj"]) + 1
+        states, solution = on_the_way(f, z0, Broyden(budget), Stop(budget, 0, "absolute", together=True, answer="z"))
+        found |= {f"{name}_broyden_traj": states[1:], f"{name}_broyden_result": solution.z, f"{name}_broyden_abs_trace": solution.history[1:].mean(1)}
+        published = Anderson(memory, ridge, relative=False)
+        found[f"{name}_steps_to_1e-6_fpi_anderson_broyden"] = [steps_until(f, z0, FixedPoint(), "relative", 0),
+            steps_until(f, z0, published, "shifted", 2), steps_until(f, z0, Broyden(500), "relative", 1)]
+        for other, solver, counted in (("fixed_point_iter", FixedPoint(), 0), ("anderson", published, 0), ("broyden", Broyden(40), 1)):
+            found[f"{name}_torchdeq_{other}"], found[f"{name}_torchdeq_{other}_nstep"] = other_library(f, z0, solver, counted)
+    return found
+
+
+def gradient_case(arrays):
+    W, U, b, x = (torch.as_tensor(arrays[name]).clone().requires_grad_() for name in ("W", "U", "b", "x"))
+    y, origin = torch.as_tensor(arrays["y"]), torch.zeros_like(torch.as_tensor(arrays["y"]))
+    added = torch.zeros_like(y).requires_grad_()  # its gradient is what arrives at f's answer
+    f = lambda z: torch.tanh(z @ W.T + x @ U.T + b) + added
+    loss = lambda z: (z - y).square().sum()
+    def gradients(z, to=(W, U, b, x)): return torch.autograd.grad(loss(z), to)
+    def at_equilibrium(gradient): return equilibrium(f, origin, FixedPoint(), Stop(1500, 0), gradient)[0]
+    exact = Implicit(Anderson(), Stop(200, 1e-14))
+    ways = {"unrolled1500": lambda: unrolled(f, origin, 1500), "jfb": lambda: at_equilibrium(OneStep()), "implicit": lambda: at_equilibrium(exact)}
+    for key in arrays:
+        if key.startswith("neumann") and key.endswith("_dW"): ways[key[:-3]] = lambda terms=int(key[7:-3]): at_equilibrium(Neumann(terms))
+        if key.startswith("phantom") and key.endswith("_dW"):
+            steps, damping = key[:-3].removeprefix("phantom_k").split("_tau")
+            ways[key[:-3]] = lambda steps=int(steps), damping=float(damping): at_equilibrium(Phantom(steps, damping))
+    found = {f"{name}_{of}": value for name, way in ways.items() for of, value in zip(("dW", "dU", "db", "dx"), gradients(way()))}
+    z = solve(f, origin, FixedPoint(), Stop(1500, 0)).z
+    adjoint = gradients(at_equilibrium(exact), (added,))[0]
+    errors = [(gradients(at_equilibrium(Neumann(terms)), (added,))[0] - adjoint).norm() / adjoint.norm() for terms in range(1, 31)]
+    with torch.no_grad(): rows = torch.stack([torch.autograd.functional.jacobian(lambda part: torch.tanh(part @ W.T + x[i] @ U.T + b), z[i]) for i in range(len(z))])
+    return found | {"zstar": z, "loss": loss(z), "dL_dz": 2 * (z - y), "jacobian": rows, "adjoint": adjoint, "neumann_adjoint_rel_error_1to30": torch.stack(errors),
+                    "jac_frob2_over_Bn": rows.square().sum() / z.numel(), "jac_spectral_radius": spectral_radius(f, z)}
+
+
+CASES = {"solvers": solver_case, "implicit_grad": gradient_case}
+
+
+def compute(case, arrays):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some cases are cut short on purpose
+        return {name: np.asarray(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in CASES[case](arrays).items()}
+
+
+def compare(case, name, computed, stored):
+    loose = 1e-7 if "anderson" in name and case == "solvers" else 1e-8 if name.startswith("unrolled") else 1e-9
+    np.testing.assert_allclose(computed, stored, rtol=1e-6 if "error_1to30" in name else 0, atol=1e-15 if "error_1to30" in name else loose)
