@@ -40,6 +40,8 @@ def test_a_member_gets_in_a_batch_what_it_gets_alone(way):
     for member in range(len(b)):
         alone = solve(lambda z: z @ W.T + b[member:member + 1], start[member:member + 1], WAYS[way], Stop(300, 1e-6))
         assert torch.allclose(alone.z[0], together.z[member], rtol=1e-9, atol=1e-9) and alone.arrived[0] == together.arrived[member]
+        waiting = together.history[together.arrived[member] - 1:, member]
+        assert torch.equal(waiting, waiting[:1].expand_as(waiting))  # whoever has arrived stays
 
 
 def test_by_the_mean_all_stop_at_once():
@@ -64,6 +66,7 @@ def test_the_first_proposals_are_what_the_methods_say():
     z = torch.ones_like(b)
     for way in ("plain", "anderson", "anderson, mixed", "broyden"): assert torch.allclose(states[way][1], f(z))
     assert torch.allclose(states["damped"][1], (z + f(z)) / 2)
+    assert torch.allclose(solve(lambda z: z + 1, z, FixedPoint(0.25), Stop(3, 0, answer="z")).z, z + 0.5)
     g = [f(x) - x for x in (z, f(z))]
     share = -((g[0] * (g[1] - g[0])).sum(1) / (g[1] - g[0]).square().sum(1))[:, None]  # the best mixture of two residuals, in closed form
     mixed = (1 - share) * f(z) + share * f(f(z))

@@ -1,4 +1,4 @@
-"""LDEQ's golden cases: solvers, gradients at equilibria."""
+"""LDEQ's golden cases: solvers, gradients at equilibria, measures, filters, crops."""
 import warnings
 
 import numpy as np
@@ -6,11 +6,16 @@ import torch
 
 from diffusion_papers.topics.equilibrium import (
     Anderson, Broyden, FixedPoint, Implicit, Neumann, OneStep, Phantom, Stop, equilibrium, jacobian_penalty, solve, spectral_radius, unrolled)
+from diffusion_papers.topics.landmarks import (
+    NUMBERINGS, Exponential, OneEuro, area_under_curve, crop_matrix, failure_rate, inverse, moved, nme, nmf, padded, smooth)
 
-INPUTS = {"solvers": {"A", "b", "W", "c", "z0", "m", "lam"}, "implicit_grad": {"W", "U", "b", "x", "y"}}
+INPUTS = {"solvers": {"A", "b", "W", "c", "z0", "m", "lam"}, "implicit_grad": {"W", "U", "b", "x", "y"},
+          "metrics": {"gt", "pred", "video_gt", "video_pred"}, "filters": {"signal", "settings_freq_mincutoff_beta_dcutoff", "ema_alpha"}}
 
 
-def inputs_of(case, names): return INPUTS[case]
+def inputs_of(case, names):
+    if case == "geometry": return {"bbox_xyxy", "points"} | {name for name in names if name.startswith("pad") and name.endswith("_in")}
+    return INPUTS[case]
 
 
 def on_the_way(f, z0, solver, stop):
@@ -85,7 +90,39 @@ def gradient_case(arrays):
                     "jac_frob2_over_Bn": rows.square().sum() / z.numel(), "jac_spectral_radius": spectral_radius(f, z)}
 
 
-CASES = {"solvers": solver_case, "implicit_grad": gradient_case}
+def metric_case(arrays):
+    gt, pred, video_gt, video_pred = (torch.as_tensor(arrays[name]) for name in ("gt", "pred", "video_gt", "video_pred"))
+    errors = nme(pred, gt)
+    return {"nme_per_image": errors / 100, "nme": errors.mean()[None] / 100, "fr10": failure_rate(errors), "auc10": area_under_curve(errors),
+            "video_nme": nme(video_pred, video_gt).mean(), "video_nmf": nmf(video_pred, video_gt), "video_nmf_constant_offset": nmf(video_gt + 7, video_gt)}
+
+
+def filter_case(arrays):
+    signal = torch.as_tensor(arrays["signal"])
+    found = {f"out{row}": smooth(signal, OneEuro(*map(float, settings))) for row, settings in enumerate(arrays["settings_freq_mincutoff_beta_dcutoff"])}
+    return found | {"ema": smooth(signal, Exponential(float(arrays["ema_alpha"])))}
+
+
+def through_single_precision(matrix, side=256):
+    "The affine map that the reference has: it is solved from three corners that are kept in float32."
+    corners = torch.tensor([[side / 2, side / 2], [side / 2, 0.0]], dtype=torch.float64)
+    source = moved(corners.expand(len(matrix), -1, -1), inverse(matrix)).numpy().astype(np.float32)
+    step = source[:, 0] - source[:, 1]
+    source = np.concatenate([source, source[:, 1:] + np.stack([-step[:, 1], step[:, 0]], -1)[:, None]], 1)
+    known = np.concatenate([source.astype(np.float64), np.ones((len(source), 3, 1))], -1)
+    target = np.array([[side / 2, side / 2], [side / 2, 0], [0, 0]])
+    return torch.from_numpy(np.linalg.solve(known, np.broadcast_to(target, (len(source), 3, 2)))).mT
+
+
+def geometry_case(arrays):
+    points, matrix = torch.as_tensor(arrays["points"]), crop_matrix(torch.as_tensor(arrays["bbox_xyxy"]), 256)
+    rounded = through_single_precision(matrix)
+    in_crop = moved(points, rounded)
+    found = {"matrix_256": rounded, "points_in_crop": in_crop, "points_back": moved(in_crop, inverse(rounded)), "wflw_flip": NUMBERINGS["wflw98"].mirror}
+    return found | {name.replace("_in", "_out"): padded(None, torch.as_tensor(arrays[name]))[1] for name in inputs_of("geometry", arrays) if name.startswith("pad")}
+
+
+CASES = {"solvers": solver_case, "implicit_grad": gradient_case, "metrics": metric_case, "filters": filter_case, "geometry": geometry_case}
 
 
 def compute(case, arrays):
@@ -95,5 +132,8 @@ def compute(case, arrays):
 
 
 def compare(case, name, computed, stored):
-    loose = 1e-7 if "anderson" in name and case == "solvers" else 1e-8 if name.startswith("unrolled") else 1e-9
+    loose = 1e-9 if case in ("solvers", "implicit_grad", "geometry") else 1e-10 if case == "filters" else 1e-6
+    if case == "solvers" and "anderson" in name: loose = 1e-7
+    if name.startswith("unrolled"): loose = 1e-8
+    if name.startswith("matrix"): loose = 1e-6
     np.testing.assert_allclose(computed, stored, rtol=1e-6 if "error_1to30" in name else 0, atol=1e-15 if "error_1to30" in name else loose)
