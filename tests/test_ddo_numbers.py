@@ -442,8 +442,8 @@ def test_the_plain_step_is_the_solvers():
 def test_the_demonstration_holds_where_the_field_stays_and_white_noise_does_so_by_hand_alone(monkeypatch, field, white, rescaled, holds):
     errors = {("ddo_vorticity", None): field, ("ddo_vorticity_white", None): white, ("ddo_vorticity_white", "rescaled"): (0.1, rescaled)}
     monkeypatch.setattr(evidence, "load_pretrained", lambda name: name)
-    monkeypatch.setattr(evidence, "sample", lambda model, count, points: torch.zeros(count, 1, points, points))
-    monkeypatch.setattr(evidence, "evaluate", lambda model, count, points, noise=None: [{"spectrum": error} for error in errors[model, noise]])
+    monkeypatch.setattr(evidence, "sample", lambda model, count, points, solver: torch.zeros(count, 1, points, points))
+    monkeypatch.setattr(evidence, "evaluate", lambda model, count, points, solver, noise=None: [{"spectrum": error} for error in errors[model, noise]])
     assert evidence.demonstrate().holds is holds
 
 
@@ -461,3 +461,5 @@ def test_each_variant_is_drawn_in_its_own_ways(monkeypatch):
         ("sde", three, None, None, 2), ("ode", three, "ode", None, 2), ("langevin", (32, 64), "langevin", 201, 2)]
     assert [(row["way"], row["law"], row.get("noise")) for row in rows["white"]] == [("sde", "white", None), ("rescaled", "white", "rescaled")]
     assert [(row["way"], row["alpha"]) for row in rows["alpha 1.2"]] == [("sde", 1.2)]
+    assert [(row["way"], row["law"], row["noise"], row["solver"], row["points"], row["seed"]) for row in evidence.study_rescaled({"seed": 2})["rows"]] == [
+        ("rescaled, ode", "white", "rescaled", "ode", three, 2), ("rescaled, langevin", "white", "rescaled", "langevin", (32, 64), 2)]

@@ -454,6 +454,7 @@ class Clip:
     boxes: torch.Tensor     # x1, y1, x2, y2 in pixels (F, 4)
     points: torch.Tensor    # in pixels of the frame (F, n, 2)
     rate: float = 25.0      # frames a second
+    matrix: torch.Tensor | None = None  # from pixels of the frame to pixels of its crop, where `frames` are the crops already (F, 2, 3)
 
 
 def read_video(
