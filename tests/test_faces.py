@@ -94,7 +94,7 @@ def test_a_face_is_a_function_of_its_number():
         assert pose[:, column].min() == pytest.approx(low, abs=0.01) and pose[:, column].max() == pytest.approx(high, abs=0.01)
     data = DrawnFaces(32)
     alone, among = data[5], data.batch(range(8))
-    assert torch.allclose(alone["image"], among["image"][5], atol=1e-4) and torch.allclose(alone["points"], among["points"][5])
+    assert torch.allclose(alone["x0"], among["x0"][5], atol=1e-4) and torch.allclose(alone["points"], among["points"][5])
     assert torch.equal(data.__getitems__([5, 6])[0]["points"], data.batch([5, 6])["points"][0])
     inside = data.batch(range(200))["points"]
     assert ((inside > 0) & (inside < 1)).float().mean() > 0.999
@@ -103,7 +103,7 @@ def test_a_face_is_a_function_of_its_number():
 
 
 def test_hard_pictures_are_blurred_covered_and_noisy():
-    clean = DrawnFaces(64, hard=False).batch(range(8))["image"]
+    clean = DrawnFaces(64, hard=False).batch(range(8))["x0"]
     none = torch.zeros_like(clean)
     def with_(**changes):
         numbers = torch.full((8, 9), 0.9); numbers[:, 8] = 0

@@ -230,7 +230,7 @@ def test_wflw_in_its_own_layout(tmp_path):
     for number, item in enumerate(data):
         box = torch.cat([points[number].amin(0), points[number].amax(0)])
         assert torch.allclose(item["points"].double(), moved(points[number], crop_matrix(box, 64)) / 64, atol=1e-4)
-        assert item["image"].shape == (3, 64, 64) and item["image"][:, 32, 32].mean().item() == pytest.approx(40 * number / 127.5 - 1, abs=0.03)
+        assert item["x0"].shape == (3, 64, 64) and item["x0"][:, 32, 32].mean().item() == pytest.approx(40 * number / 127.5 - 1, abs=0.03)
     with pytest.raises(ValueError, match="no faces for test, occlusion"): WFLW(tmp_path, "test", "occlusion")
     with pytest.raises(FileNotFoundError, match="root: expected"): WFLW(tmp_path, "train")
     file.write_text(file.read_text() + "1 2 3\n")
@@ -244,7 +244,7 @@ def test_wflw_cropped_already(tmp_path):
     Image.fromarray(np.full((256, 256, 3), 200, np.uint8)).save(tmp_path / "train" / "a.png")
     (tmp_path / "train" / "train.txt").write_text("a.png " + " ".join(f"{value:.7f}" for value in face.flatten().tolist()))
     item = WFLW(tmp_path, "train")[0]
-    assert torch.allclose(item["points"].double(), padded(None, face)[1], atol=1e-6) and item["image"][0, 100, 0] == -1
+    assert torch.allclose(item["points"].double(), padded(None, face)[1], atol=1e-6) and item["x0"][0, 100, 0] == -1
     with pytest.raises(ValueError, match="subset: the cropped copy"): WFLW(tmp_path, "train", "pose")
     (tmp_path / "train" / "train.txt").write_text("a.png " + " ".join(["130"] * 196))
     with pytest.raises(ValueError, match=r"expected landmarks in \[0, 1\], got up to 130"): WFLW(tmp_path, "train")

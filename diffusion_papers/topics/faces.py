@@ -251,7 +251,7 @@ def degraded(
 
 
 class DrawnFaces(Dataset):
-    "Faces without end: image (3, size, size) in [-1, 1], points (71, 2) in [0, 1]; item i is a function of seed and i."
+    "Faces without end: x0 (3, size, size) in [-1, 1], points (71, 2) in [0, 1]; item i is a function of seed and i."
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class DrawnFaces(Dataset):
     def batch(
         self,
         indices,     # numbers of faces
-    ) -> dict:       # image (B, 3, size, size), points (B, 71, 2)
+    ) -> dict:       # x0 (B, 3, size, size), points (B, 71, 2)
         "Many faces at once."
         shape, pose, look = face_factors(indices, self.seed)
         points = placed(face_points(shape), pose)
@@ -285,7 +285,7 @@ class DrawnFaces(Dataset):
         if self.hard:
             numbers = torch.from_numpy(hashed_uniform(step_seed(self.seed, 1) % 2**62, np.asarray(indices), 9)).float()
             images = degraded(images, numbers, torch.cat([self._noise(int(index)) for index in indices]))
-        return {"image": images, "points": to_unit(points)}
+        return {"x0": images, "points": to_unit(points)}
 
     def _noise(self, index): return torch.randn(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(step_seed(self.seed, 2, index)))
 

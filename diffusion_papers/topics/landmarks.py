@@ -400,7 +400,7 @@ def _picture(path):
 
 
 class WFLW(Dataset):
-    "WFLW in its own layout, or already cropped (`split`.txt beside the pictures): image (3, side, side) in [-1, 1], points in [0, 1], attributes."
+    "WFLW in its own layout, or already cropped (`split`.txt beside the pictures): x0 (3, side, side) in [-1, 1], points in [0, 1], attributes."
 
     def __init__(
         self,
@@ -443,7 +443,7 @@ class WFLW(Dataset):
             matrix = crop_matrix(box, self.side, self.enlarged)
             image, points = warp(image[None], matrix[None], self.side)[0], moved(points, matrix) / self.side
         if image.shape[-1] != self.side: image = F.interpolate(image[None], (self.side, self.side), mode="bilinear", antialias=True)[0]
-        return {"image": image * 2 - 1, "points": points.float(), "attributes": self.attributes[index]}
+        return {"x0": image * 2 - 1, "points": points.float(), "attributes": self.attributes[index]}
 
 # %% ../../nbs/topics/15_landmarks.ipynb #de29b04a
 @dataclass
