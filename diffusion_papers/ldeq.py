@@ -6,7 +6,7 @@
 __all__ = ['ABOUT', 'NORMALISATIONS', 'METHODS', 'LOSSES', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'WAYS',
            'normalised', 'read_out', 'Block', 'Level', 'Cell', 'LdeqConfig', 'Detection', 'Ldeq', 'build',
            'landmark_loss', 'detection_loss', 'augmented', 'load_data', 'train', 'detect', 'evaluate', 'Memory',
-           'rewarped', 'Track', 'track', 'drawn_on', 'sample', 'generate_data', 'authors_names',
+           'multiplier', 'rewarped', 'Track', 'track', 'drawn_on', 'sample', 'generate_data', 'authors_names',
            'load_authors_checkpoint']
 
 # %% ../nbs/papers/10_ldeq.ipynb #667a8526
@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_into, model_files, plain_names
-from .workbench.checks import check_choice, check_fields, check_images, check_range, check_seed, check_tensor
+from .workbench.checks import check_choice, check_fields, check_images, check_range, check_seed
 from .workbench.configs import Config
 from .workbench.registry import About
 from .workbench.timing import progress
@@ -30,7 +29,7 @@ from .core.data import TensorSet
 from .core.generation import Generated, generate
 from .core.training import Draws, TrainingConfig, claim_folder, fit, processes, step_seed
 from .topics.equilibrium import (
-    GRADIENTS, SOLVERS, Anderson, FixedPoint, Solution, Stop, equilibrium, jacobian_penalty, solve, spectral_radius, unrolled)
+    GRADIENTS, SOLVERS, Anderson, FixedPoint, Solution, Stop, equilibrium, jacobian_penalty, solve, unrolled)
 from .topics.faces import DrawnFaces, covered
 from .topics.landmarks import WFLW, area_under_curve, failure_rate, inverse, moved, nme, numbering_of, warp
 
@@ -152,7 +151,7 @@ class LdeqConfig(Config):
         check_seed(self.seed)
         step = 4 * 2**self.depth
         if self.size % step:
-            raise ValueError(f"size: expected a multiple of {step} (4 times 2 to the depth), for instance {self.size // step * step or step} or {(self.size // step + 1) * step}, got {self.size}")
+            raise ValueError(f"size: expected a multiple of {step} (4 times 2 to the depth), for instance {max(1, round(self.size / step)) * step}, got {self.size}")
         if self.features % 4: raise ValueError(f"features: expected a multiple of 4, got {self.features}")
         if self.width % self.groups or self.increment % self.groups:
             raise ValueError(f"groups: expected a divisor of width and increment, {self.width} and {self.increment}, got {self.groups}")
@@ -374,15 +373,13 @@ WAYS = ("none", "early", "penalty", "constraint")
 class Memory:
     "How the heatmaps of a frame remember those of the frame before."
     way: str = "early"       # one of WAYS; "none" solves every frame from zeros
-    evaluations: int = 1     # of the cell in a frame: N for "early", steps of the others
+    evaluations: int = 1     # of the cell in a frame, at most: N for "early", steps of the others
     strength: float = 0.5    # lambda of the penalty
-    rate: float = 0.3        # of descent and ascent, for the constraint
-    stiffness: float = 5.0   # kappa, weight of the squared residual, for the constraint
     cut: float = math.inf    # relative residual of the old heatmaps above which a frame starts anew
 
     def __post_init__(self):
         check_choice(self.way, "way", WAYS)
-        check_fields(self, {"evaluations": (1, 10_000), "strength": (0.0, 1e12), "rate": (1e-9, 1e3), "stiffness": (0.0, 1e9), "cut": (0.0, math.inf)})
+        check_fields(self, {"evaluations": (1, 10_000), "strength": (0.0, 1e12), "cut": (0.0, math.inf)})
 
 
 def _penalised(f, before, memory):
@@ -392,17 +389,18 @@ def _penalised(f, before, memory):
     return z
 
 
-def _constrained(f, before, memory):
-    "Descent in z and ascent in the multiplier on the augmented Lagrangian of |z - before|^2 / 2 subject to f(z) = z."
-    z, multiplier = before, torch.zeros_like(before)
-    for _ in range(memory.evaluations):
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            residual = f(leaf) - leaf
-            pull = torch.autograd.grad(residual, leaf, (multiplier + memory.stiffness * residual).detach())[0]
-        z = z - memory.rate / (1 + memory.stiffness) * (z - before + pull)
-        multiplier = multiplier + memory.rate * residual.detach()
-    return z.clamp(min=0)
+def multiplier(
+    f: Callable,               # the cell with the features of a frame
+    z: torch.Tensor,           # a fixed point of it (B, n, D, D)
+    before: torch.Tensor,      # the heatmaps of the frame before
+    stop: Stop=Stop(60, 1e-5), # of the solver
+) -> torch.Tensor:             # mu (B, n, D, D)
+    "How hard the past pulls at a fixed point: the multiplier of the nearest-fixed-point problem, mu = J^T mu + (z - before)."
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        answer = f(leaf)
+    product = lambda mu: torch.autograd.grad(answer, leaf, mu, retain_graph=True)[0]
+    return solve(lambda mu: product(mu) + z - before, z - before, None, stop).z
 
 
 def rewarped(
@@ -437,8 +435,9 @@ def _frame(model, features, before, memory, full):
     answer = f(before)
     first = (answer - before).flatten(1).norm(dim=1) / (1e-5 + answer.flatten(1).norm(dim=1))
     cut = first > memory.cut
-    if memory.way == "early": z = solve(f, answer, FixedPoint(), Stop(memory.evaluations - 1, 0)).z if memory.evaluations > 1 else answer
-    else: z = (_penalised if memory.way == "penalty" else _constrained)(f, before, memory)
+    if memory.way == "penalty": z = _penalised(f, before, memory)
+    elif memory.evaluations == 1: z = answer
+    else: z = solve(f, answer, FixedPoint() if memory.way == "early" else Anderson(), Stop(memory.evaluations - 1, 0)).z
     if cut.any(): z = torch.where(cut[:, None, None, None], solved(origin), z)
     return z, cut, first, memory.evaluations + (full.evaluations if cut.any() else 0)
 
