@@ -30,6 +30,12 @@ class Means(nn.Module):
     def forward(self, images): return torch.stack([images.double()[:, 0].mean((1, 2)), images.double()[:, 2, 0].mean(1)], 1)
 
 
+class Squares(nn.Module):
+    "Features that tell a mask from its opposite."
+    def __init__(self): super().__init__(); self.means = Means()
+    def forward(self, images): return torch.cat([self.means(images), self.means(images) ** 2], 1)
+
+
 class Asked(nn.Module):
     def forward(self, images, return_features: bool=False):
         if return_features: return images.double().mean((2, 3))
@@ -197,20 +203,21 @@ def test_lpips_is_the_distance_of_unit_features(script, tmp_path, monkeypatch):
 
 
 def test_masks_are_the_insides_of_shapes(script, tmp_path, monkeypatch):
-    functions, real = (torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    functions, real = (torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(seed)) + 0.5 for seed in (0, 1))
     made = generate(lambda piece: {"functions": functions[list(piece)]}, 8, tmp_path / "made", size=3, device="cpu")
     monkeypatch.setattr(ddo_evidence, "load_data", lambda config: TensorSet(real))
     monkeypatch.chdir(tmp_path)
     model = SimpleNamespace(config=ddo_evidence.VORTICITY)
-    white = lambda x: Means()((255.0 * (x < 0)).expand(-1, 3, -1, -1))
-    assert ddo_evidence.measure_fid(made, model, script(Means()), device="cpu")["fid"] == pytest.approx(frechet(white(functions), white(real)), rel=1e-6)
+    white = lambda x: Squares()((255.0 * (x < 0)).expand(-1, 3, -1, -1))
+    assert ddo_evidence.measure_fid(made, model, script(Squares()), device="cpu")["fid"] == pytest.approx(frechet(white(functions), white(real)), rel=1e-6)
 
 
 def test_phases_are_compared_by_their_circular_moments(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     angles = [torch.rand(6, 5, 5, generator=generator) * wide for wide in (2.0, 4.0)]
     waves = [torch.stack([angle.cos(), angle.sin()], 1) for angle in angles]
-    drawn = torch.cat([3 * waves[0], torch.full((1, 2, 5, 5), float("nan"))])  # of any length, and one that failed
+    drawn = torch.cat([3 * waves[0], waves[0][:1]])  # of any length, and one that failed at a point
+    drawn[-1, 0, 2, 3] = float("nan")
     made = generate(lambda piece: {"functions": drawn[list(piece)]}, 7, tmp_path, size=4, device="cpu")
     monkeypatch.setattr(ddo_evidence, "load_data", lambda config: TensorSet(waves[1]))
     from diffusion_papers.ddo import CONFIGS
@@ -229,8 +236,10 @@ def test_classifiers_learn_from_samples_and_are_tried_on_test_pictures(tmp_path,
     made, asked = kept(images, tmp_path / "made", class_label=labels), []
     test = TensorSet(images[:50] / 127.5 - 1, class_label=1 - labels[:50])  # all of them named wrongly
     monkeypatch.setattr(dpdm_evidence, "test_data", lambda config: asked.append(config.data_path) or test)
+    seen, learn = [], dpdm_evidence.utility
+    monkeypatch.setattr(dpdm_evidence, "utility", lambda images, *rest, **options: seen.append(images) or learn(images, *rest, **options))
     found = dpdm_evidence.measure_classifiers(made, SimpleNamespace(config=dpdm_evidence.DIGITS), None, data_path="there", kinds=("linear",), epochs=20, lr=3e-3, device="cpu")
-    assert found == {"linear": 0.0} and asked == ["there"]
+    assert found == {"linear": 0.0} and asked == ["there"] and torch.allclose(seen[0], images / 127.5 - 1)
 
 
 def test_a_private_models_fid_is_against_its_training_pictures(script, tmp_path, monkeypatch):
