@@ -634,7 +634,8 @@ def load_authors_checkpoint(
     config: DdoConfig=CONFIGS["mnist_sdf"],  # of its form
 ) -> FunctionModel:            # in evaluation mode
     "A released model (`CheckpointError` names what does not fit). Of the settings in the file, nothing is used."
-    content = load_foreign(path)
+    import argparse
+    with torch.serialization.safe_globals([argparse.Namespace]): content = load_foreign(path)
     source, model = Path(path).name, build(config)
     if not isinstance(content, dict):
         raise CheckpointError(f"{source}: expected a dictionary, got {type(content).__name__}")

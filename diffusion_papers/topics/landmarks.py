@@ -399,6 +399,32 @@ def _picture(path):
     with require("PIL.Image", "data").open(path) as image: return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
+def _annotations(path, width):
+    "The lines of a text file, all of the same number of entries."
+    lines = _lines(path)
+    for number, line in enumerate(lines, 1):
+        if len(line) != width: raise ValueError(f"root: line {number} of the annotations has {len(line)} entries, expected {width}")
+    return lines
+
+
+def _numbers(rows): return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64).reshape(-1, 98, 2)
+
+
+def _own_annotations(path, pictures):
+    "Names of pictures, landmarks in pixels, attributes: WFLW's own lines."
+    lines = _annotations(path, 207)
+    attributes = torch.tensor([[value == "1" for value in line[200:206]] for line in lines], dtype=torch.bool).reshape(-1, 6)
+    return [pictures / line[206] for line in lines], _numbers(line[:196] for line in lines), attributes
+
+
+def _cropped_annotations(folder, split):
+    "Names of pictures, landmarks in [0, 1], no attributes: the lines of the cropped copy."
+    lines = _annotations(folder / f"{split}.txt", 197)
+    points = _numbers(line[1:] for line in lines)
+    if len(points) and points.abs().max() > 2: raise ValueError(f"root: expected landmarks in [0, 1], got up to {points.abs().max():.4g}")
+    return [folder / line[0] for line in lines], points, torch.zeros(len(lines), 6, dtype=torch.bool)
+
+
 class WFLW(Dataset):
     "WFLW in its own layout, or already cropped (`split`.txt beside the pictures): x0 (3, side, side) in [-1, 1], points in [0, 1], attributes."
 
@@ -415,23 +441,11 @@ class WFLW(Dataset):
         check_choice(split, "split", ("train", "test")); check_choice(subset, "subset", (None, *SUBSETS))
         own = self.root / "WFLW_annotations" / "list_98pt_rect_attr_train_test" / f"list_98pt_rect_attr_{split}.txt"
         self.cropped = not own.is_file()
-        lines = _lines(self.root / split / f"{split}.txt") if self.cropped else _lines(own)
-        width = 197 if self.cropped else 207
-        for number, line in enumerate(lines, 1):
-            if len(line) != width: raise ValueError(f"root: line {number} of the annotations has {len(line)} entries, expected {width}")
-        if self.cropped:
-            if subset: raise ValueError("subset: the cropped copy does not say which face belongs to which; use the annotations of WFLW itself")
-            self.names, numbers = [self.root / split / line[0] for line in lines], [line[1:] for line in lines]
-            self.attributes = torch.zeros(len(lines), 6, dtype=torch.bool)
-        else:
-            self.names, numbers = [self.root / "WFLW_images" / line[206] for line in lines], [line[:196] for line in lines]
-            self.attributes = torch.tensor([[value == "1" for value in line[200:206]] for line in lines])
-        self.points = torch.tensor([[float(value) for value in row] for row in numbers], dtype=torch.float64).reshape(-1, 98, 2)
-        if self.cropped and self.points.abs().max() > 2: raise ValueError(f"root: expected landmarks in [0, 1], got up to {self.points.abs().max():.4g}")
-        if subset:
-            kept = self.attributes[:, SUBSETS.index(subset)].nonzero()[:, 0].tolist()
-            self.names, self.points, self.attributes = [self.names[i] for i in kept], self.points[kept], self.attributes[kept]
-        if not self.names: raise ValueError(f"root: no faces for {split}{', ' + subset if subset else ''}")
+        names, points, attributes = _cropped_annotations(self.root / split, split) if self.cropped else _own_annotations(own, self.root / "WFLW_images")
+        if self.cropped and subset: raise ValueError("subset: the cropped copy does not say which face belongs to which; use the annotations of WFLW itself")
+        kept = attributes[:, SUBSETS.index(subset)].nonzero()[:, 0].tolist() if subset else list(range(len(names)))
+        if not kept: raise ValueError(f"root: no faces for {split}{', ' + subset if subset else ''}")
+        self.names, self.points, self.attributes = [names[i] for i in kept], points[kept], attributes[kept]
 
     def __len__(self): return len(self.names)
 

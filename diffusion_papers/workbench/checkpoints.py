@@ -130,12 +130,7 @@ def _number(kind, content):
     return kind.read(content)
 
 
-class _Settings:
-    "Stands for `argparse.Namespace`, in which many programs keep their settings: attributes, nothing that runs."
-    def __setstate__(self, state): self.__dict__.update(state)
-
-
-_STAND_INS = [(_Settings, "argparse.Namespace"), (_NumberKind, "numpy.dtype"), (_number, "numpy._core.multiarray.scalar"), (_number, "numpy.core.multiarray.scalar")]
+_STAND_INS = [(_NumberKind, "numpy.dtype"), (_number, "numpy._core.multiarray.scalar"), (_number, "numpy.core.multiarray.scalar")]
 
 
 def load_foreign(
