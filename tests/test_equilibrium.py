@@ -133,7 +133,6 @@ def test_nan_is_told_and_never_returned(bad):
 
 def test_states_of_several_tensors_are_one_state():
     W, b, f = contraction()
-    def parts(state): return {"a": (f(state["a"][0].double()).float(), state["b"] / 2), "b": state["a"][1] / 2 + 1}
     def fixed(state): return {"a": (f(state["a"][0]), state["b"] / 2), "b": state["a"][1] / 2 + 1}
     start = {"a": (torch.zeros_like(b), torch.zeros(4, 2, 3, dtype=torch.float64)), "b": torch.zeros(4, 2, 3, dtype=torch.float64)}
     found = solve(fixed, start, Anderson(), Stop(200, 1e-9)).z

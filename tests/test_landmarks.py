@@ -27,7 +27,7 @@ def test_a_mirrored_face_has_its_points_where_their_partners_were():
     for name, known in NUMBERINGS.items():
         order = known.mirror
         assert torch.equal(order[order], torch.arange(known.count)) and (order == torch.arange(known.count)).nonzero()[:, 0].tolist() == middle[name]
-        assert all(sorted(int(order[number]) for number in known.pupils[0]) == sorted(known.pupils[1]) for _ in [0])
+        assert sorted(int(order[number]) for number in known.pupils[0]) == sorted(known.pupils[1])
     assert len(WFLW_TO_300W.unique()) == 68
     assert WFLW_TO_300W[[8, 30, 36, 39, 42, 45, 48, 54, 33]].tolist() == [16, 54, 60, 64, 68, 72, 76, 82, 57]
 
@@ -66,7 +66,8 @@ def still(frames=60):
 
 
 def test_flicker_is_what_its_formula_says():
-    truth, torch_seed = still(), torch.manual_seed(0)
+    torch.manual_seed(0)
+    truth = still()
     wrong = truth + torch.randn_like(truth)
     errors = truth - wrong
     by_hand = [100 * ((errors[t] - errors[t - 1]).norm(dim=1) / math.sqrt(256 * 256 / 256**2)) for t in range(1, len(truth))]

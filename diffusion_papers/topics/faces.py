@@ -88,7 +88,7 @@ def _disc(canvas, place, centre, radius, colour, edge, within=None):
     share = torch.sigmoid(-distance / edge)
     return _mixed(canvas, colour, share if within is None else share * within)
 
-
+# %% ../../nbs/topics/16_faces.ipynb #2d9eca0d
 EYES = ((23, 63, 24, 64, 25, 65, 26, 66), (28, 67, 29, 68, 30, 69, 31, 70))
 
 
@@ -123,7 +123,7 @@ def _hair(look):
 
 def _skin(look): return torch.tensor([0.35, 0.2, 0.13]) + (torch.tensor([0.98, 0.82, 0.72]) - torch.tensor([0.35, 0.2, 0.13])) * look[:, 15, None]
 
-
+# %% ../../nbs/topics/16_faces.ipynb #bc8561f6
 def _head(canvas, place, look, points):
     "Skin, the shadow of cheeks and nose, hair over the forehead, perhaps a beard."
     skin, hair = _skin(look), _hair(look)
@@ -144,7 +144,7 @@ def _head(canvas, place, look, points):
     canvas = _layer(canvas, place, side, shade, 0.03, 0.5, 0.012, closed=False)
     return _disc(canvas, place, points[:, 62], 0.05 * half.norm(dim=1), (1.15 * skin).clamp(max=1), 0.03)
 
-
+# %% ../../nbs/topics/16_faces.ipynb #efbd8650
 def _features(canvas, place, look, points):
     "Brows, eyes, mouth, perhaps glasses."
     skin, hair, scale = _skin(look), _hair(look), (points[:, 28] - points[:, 23]).norm(dim=1)
@@ -174,7 +174,7 @@ def _features(canvas, place, look, points):
         canvas = _mixed(canvas, torch.full_like(skin, 0.08), torch.sigmoid(-ring / 0.01) * glasses[:, None])
     return canvas
 
-
+# %% ../../nbs/topics/16_faces.ipynb #e452fd70
 def _places(size):
     "Where the pixels lie (size * size, 2)."
     at = 2 * torch.arange(size) / size - 1

@@ -240,7 +240,7 @@ class DoubleExponential:
             return level
         return step
 
-
+# %% ../../nbs/topics/15_landmarks.ipynb #da7afea3
 @dataclass(frozen=True)
 class OneEuro:
     "Exponential filter whose cutoff grows with the speed (Casiez et al. 2012), each coordinate for itself."
@@ -268,7 +268,7 @@ class OneEuro:
             return state
         return step
 
-
+# %% ../../nbs/topics/15_landmarks.ipynb #ae69eb9d
 @dataclass(frozen=True)
 class SavitzkyGolay:
     "A polynomial through a window around each frame; needs the whole clip."
@@ -424,7 +424,7 @@ def _cropped_annotations(folder, split):
     if len(points) and points.abs().max() > 2: raise ValueError(f"root: expected landmarks in [0, 1], got up to {points.abs().max():.4g}")
     return [folder / line[0] for line in lines], points, torch.zeros(len(lines), 6, dtype=torch.bool)
 
-
+# %% ../../nbs/topics/15_landmarks.ipynb #c86b9f05
 class WFLW(Dataset):
     "WFLW in its own layout, or already cropped (`split`.txt beside the pictures): x0 (3, side, side) in [-1, 1], points in [0, 1], attributes."
 
