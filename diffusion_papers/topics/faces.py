@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'EYES', 'shape_space', 'face_points', 'outline_distance', 'draw_faces', 'placed', 'face_factors', 'to_unit',
-           'covered', 'degraded', 'DrawnFaces', 'drawn_clip']
+           'covered', 'degraded', 'DrawnFaces', 'augmented', 'passed', 'drawn_clip']
 
 # %% ../../nbs/topics/16_faces.ipynb #c0adc777
 import functools
@@ -18,7 +18,7 @@ from ..workbench.checkpoints import data_folder, load_checkpoint
 from ..workbench.checks import check_range, check_seed
 from ..core.training import step_seed
 from .corruptions import gaussian_blur
-from .landmarks import NUMBERINGS, Clip, crop_matrix, moved
+from .landmarks import NUMBERINGS, Clip, crop_matrix, moved, numbering_of, warp
 from .shapes_world import hashed_uniform
 
 # %% ../../nbs/topics/16_faces.ipynb #efaa8184
@@ -289,6 +289,27 @@ class DrawnFaces(Dataset):
 
     def _noise(self, index): return torch.randn(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(step_seed(self.seed, 2, index)))
 
+# %% ../../nbs/topics/16_faces.ipynb #a7505a32
+def augmented(
+    images: torch.Tensor,      # (B, 3, S, S) in [-1, 1]
+    points: torch.Tensor,      # landmarks in [0, 1] (B, n, 2), in a known numbering
+    numbers: torch.Tensor,     # uniform, twelve a picture (B, 12)
+) -> tuple[torch.Tensor, torch.Tensor]:  # pictures and landmarks, changed alike
+    "Turned by up to 30 degrees, scaled by 15 %, moved by 10 %; half of them mirrored, a tenth grey, four tenths covered; all of another brightness."
+    side = images.shape[-1]
+    angle, scale = math.radians(30) * (2 * numbers[:, 0] - 1), 1 + 0.15 * (2 * numbers[:, 1] - 1)
+    turn = scale[:, None, None] * torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).reshape(-1, 2, 2)
+    shift = side / 2 - side / 2 * turn.sum(-1) + 0.1 * side * (2 * numbers[:, 2:4] - 1)  # the middle stays, but for a tenth
+    matrix = torch.cat([turn, shift[..., None]], -1)
+    images, points = warp(images, matrix, side, fill=-1.0), moved(points * side, matrix) / side
+    swap = numbers[:, 4] < 0.5  # pixel u goes to side - 1 - u
+    mirrored = points[:, numbering_of(points).mirror.to(points.device)] * points.new_tensor([-1.0, 1.0]) + points.new_tensor([(side - 1) / side, 0.0])
+    images, points = torch.where(swap[:, None, None, None], images.flip(-1), images), torch.where(swap[:, None, None], mirrored, points)
+    light = (images + 1) / 2 * (0.6 + 0.8 * numbers[:, 5, None, None, None])
+    light = torch.where((numbers[:, 6] < 0.1)[:, None, None, None], light.mean(1, keepdim=True), light)
+    half = torch.where(numbers[:, 7] < 0.4, 0.05 + 0.25 * numbers[:, 10], 0.0)
+    return covered(light.clamp(0, 1) * 2 - 1, 2 * numbers[:, 8:10] - 1, half, (2 * numbers[:, 11, None] - 1).expand(-1, 3)), points
+
 # %% ../../nbs/topics/16_faces.ipynb #8e88556e
 _SWING = torch.tensor([0.8, 0.6, 0.9, 0.6] + [0.15] * 16)  # of the coefficients, in standard deviations
 
@@ -297,6 +318,18 @@ def _swinging(numbers, amount, frames, rate):
     "Slow sines around zero: uniform numbers (K, 2) -> (frames, K)."
     time = torch.arange(frames)[:, None] / rate
     return amount * torch.sin(2 * math.pi * ((0.15 + 0.45 * numbers[:, 0]) * time + numbers[:, 1]))
+
+
+def passed(
+    images: torch.Tensor,   # the frames of a clip (F, 3, H, W) in [-1, 1]
+    numbers: torch.Tensor,  # uniform: the blur of each frame; direction, offset and colour of what passes (F + 5,)
+) -> torch.Tensor:          # (F, 3, H, W)
+    "A clip that is out of focus, in each frame another way, and in front of which a square passes."
+    frames, size = len(images), images.shape[-1]
+    images = gaussian_blur(images, (1 + 1.5 * numbers[:frames]) * size / 64)
+    angle, path = 2 * math.pi * numbers[frames], torch.linspace(-1.1, 1.1, frames)
+    across = torch.stack([path * angle.cos(), path * angle.sin()], 1) + 0.3 * (numbers[frames + 1] - 0.5)
+    return covered(images, across, torch.full((frames,), 0.34), (2 * numbers[frames + 2:] - 1).expand(frames, -1))
 
 
 def drawn_clip(
@@ -324,10 +357,5 @@ def drawn_clip(
     matrix = crop_matrix(boxes, size) if shaken else torch.tensor([[1.0, 0, -size / 2], [0, 1, -size / 2]], dtype=torch.float64).expand(frames, 2, 3)
     images = draw_faces(2 * moved(in_frame, matrix) / size - 1, look.expand(frames, -1), size)
     noise = torch.randn(images.shape, generator=generator)
-    if hard:
-        images = gaussian_blur(images, (1 + 1.5 * torch.rand(frames, generator=generator)) * size / 64)
-        path = torch.linspace(-1.1, 1.1, frames)
-        direction = 2 * math.pi * numbers[48]
-        across = torch.stack([path * direction.cos(), path * direction.sin()], 1) + 0.3 * (numbers[49] - 0.5)
-        images = covered(images, across, torch.full((frames,), 0.34), (2 * numbers[50:53] - 1).expand(frames, -1))
+    if hard: images = passed(images, torch.cat([torch.rand(frames, generator=generator), numbers[48:53]]))
     return Clip(f"{'hard' if hard else 'easy'} {number}", (images + (0.24 if hard else 0.06) * noise).clamp(-1, 1), boxes, in_frame, rate, matrix)

@@ -1,4 +1,5 @@
-"""LDEQ's golden cases: solvers, gradients at equilibria, measures, filters, crops."""
+"""LDEQ's golden cases: solvers, gradients at equilibria, measures, filters, crops, heatmaps, a small network."""
+import math
 import warnings
 
 import numpy as np
@@ -6,11 +7,12 @@ import torch
 
 from diffusion_papers.topics.equilibrium import (
     Anderson, Broyden, FixedPoint, Implicit, Neumann, OneStep, Phantom, Stop, equilibrium, jacobian_penalty, solve, spectral_radius, unrolled)
+from diffusion_papers.ldeq import LdeqConfig, authors_names, build, normalised, read_out
 from diffusion_papers.topics.landmarks import (
     NUMBERINGS, Exponential, OneEuro, area_under_curve, crop_matrix, failure_rate, inverse, moved, nme, nmf, padded, smooth)
 
 INPUTS = {"solvers": {"A", "b", "W", "c", "z0", "m", "lam"}, "implicit_grad": {"W", "U", "b", "x", "y"},
-          "metrics": {"gt", "pred", "video_gt", "video_pred"}, "filters": {"signal", "settings_freq_mincutoff_beta_dcutoff", "ema_alpha"}}
+          "heatmaps": {"logits"}, "tiny_forward": {"image_int8", "video_int8"}, "metrics": {"gt", "pred", "video_gt", "video_pred"}, "filters": {"signal", "settings_freq_mincutoff_beta_dcutoff", "ema_alpha"}}
 
 
 def inputs_of(case, names):
@@ -122,7 +124,62 @@ def geometry_case(arrays):
     return found | {name.replace("_in", "_out"): padded(None, torch.as_tensor(arrays[name]))[1] for name in inputs_of("geometry", arrays) if name.startswith("pad")}
 
 
-CASES = {"solvers": solver_case, "implicit_grad": gradient_case, "metrics": metric_case, "filters": filter_case, "geometry": geometry_case}
+def heatmap_case(arrays):
+    logits, found = torch.as_tensor(arrays["logits"]), {}
+    for name in arrays:
+        if not name.startswith("map_"): continue
+        kind = name.removeprefix("map_")
+        maps = normalised(logits, "linear") if kind == "linear" else normalised(logits, sharpness=float(kind.removeprefix("beta")))
+        points, spread = read_out(maps, released=True)
+        found |= {name: maps, f"kp_{kind}": points, f"std_{kind}": spread}
+    return found
+
+
+def filled(model, about):
+    "The reference network: every tensor by its place among the sorted names of the released program."
+    theirs = {name: ours for ours, name in authors_names(model)}
+    state = model.state_dict()
+    for number, name in enumerate(sorted(theirs)):
+        like = state[theirs[name]]
+        if name.endswith("num_batches_tracked"): continue
+        wave = torch.sin(1 + 0.7 * number + 1.3 * torch.arange(like.numel(), dtype=torch.float64)).reshape(like.shape)
+        if name.endswith("running_var"): value = 1 + 0.2 * wave
+        elif name.endswith("running_mean"): value = 0.1 * wave
+        elif "norm.weight" in name: value = 1 + 0.1 * wave
+        elif name.endswith("bias"): value = 0.1 * wave
+        else: value = wave * math.sqrt(2 / math.prod(like.shape[1:]))
+        if name == "deq_layer.cell.head.conv.weight": value = value * about["headgain"]
+        if name == "deq_layer.cell.tail.conv.weight": value[:, :about["n_keypoints"]] *= about["z_input_gain"]
+        state[theirs[name]] = value
+    model.load_state_dict(state)
+    return model
+
+
+@torch.no_grad()
+def network_case(arrays):
+    about = arrays["_config"]
+    depth = sum("upchan" in name and name.endswith("conv.weight") for name in about["state_dict"])
+    model = filled(build(LdeqConfig(size=about["im_size"], landmarks=about["n_keypoints"], features=about["injection_width"], width=about["cell_base_width"],
+                                    increment=about["cell_width_increment"], groups=about["cell_gn_groups"], depth=depth)).double(), about)
+    images = torch.as_tensor(arrays["image_int8"]).double() / 32
+    features = model.stem(images)
+    f, origin, steps, found = model.step(features), model.origin(features), about["max_iters"], {"injection": features}
+    found["cell_once"] = f(origin)
+    mixed = Anderson(about["anderson_m"], about["anderson_lam"], relative=False)
+    for name, solver, stop in (("fpi", FixedPoint(), Stop(steps, 0)), ("anderson", mixed, Stop(steps + 2, 0, "shifted", together=True, answer="z")),
+                               ("broyden", Broyden(steps + 1), Stop(steps + 1, 0, "absolute", together=True, answer="z"))):
+        z = f(solve(f, origin, solver, stop).z)
+        points, spread = read_out(z, released=True)
+        found |= {f"{name}_keypoints": points, f"{name}_uncertainty": spread, f"{name}_zstar": z}
+    video = torch.as_tensor(arrays["video_int8"]).double() / 32  # (F, B, 3, S, S)
+    maps, frames = origin, []
+    for frame in video:  # one step and the extra one, also for the first frame
+        maps = solve(model.step(model.stem(frame)), maps, FixedPoint(), Stop(2, 0)).z
+        frames.append(read_out(maps)[0])
+    return found | {"rwr_keypoints": torch.stack(frames), "rwr_last_zstar": maps}
+
+
+CASES = {"solvers": solver_case, "implicit_grad": gradient_case, "metrics": metric_case, "filters": filter_case, "geometry": geometry_case, "heatmaps": heatmap_case, "tiny_forward": network_case}
 
 
 def compute(case, arrays):
@@ -132,7 +189,9 @@ def compute(case, arrays):
 
 
 def compare(case, name, computed, stored):
-    loose = {"filters": 1e-10, "metrics": 1e-6}.get(case, 1e-9)
+    loose = {"filters": 1e-10, "heatmaps": 1e-10, "metrics": 1e-6}.get(case, 1e-9)
+    if case == "tiny_forward" and (name in ("injection", "cell_once") or name.endswith("zstar")): loose = 1e-5
+    elif case == "tiny_forward" and name.startswith(("anderson", "broyden")): loose = 1e-6
     if case == "solvers" and "anderson" in name: loose = 1e-7
     if name.startswith("unrolled"): loose = 1e-8
     if name.startswith("matrix"): loose = 1e-6
