@@ -120,7 +120,7 @@ METHODS = ("equilibrium", "unrolled", "stacked")
 @dataclass(frozen=True)
 class LdeqConfig(Config):
     "A detector of landmarks, and how it is trained."
-    data: str = "drawn"           # "drawn" faces, or "wflw"
+    data: str = "drawn"           # "drawn" faces, "wflw", or "noise", without faces, to try a size
     data_path: str = ""           # the folder of WFLW
     pool: int = 8192              # drawn faces to learn from; they are drawn once
     augment: bool = False         # whether each step turns, scales, mirrors and darkens its pictures
@@ -147,10 +147,10 @@ class LdeqConfig(Config):
     training: TrainingConfig = TrainingConfig(steps=600, batch_size=24, lr=4e-3, warmup=60, decay="cosine", clip=5.0, ema=0.99)
     FREE = ("evaluated",)
 
-    def brief(self, steps=1): return replace(super().brief(steps), data="drawn", pool=4, evaluated=2)
+    def brief(self, steps=1): return replace(super().brief(steps), data="noise", pool=4, evaluated=2)
 
     def __post_init__(self):
-        for name, values in {"data": ("drawn", "wflw"), "normalisation": NORMALISATIONS, "method": METHODS, "solver": tuple(SOLVERS),
+        for name, values in {"data": ("drawn", "wflw", "noise"), "normalisation": NORMALISATIONS, "method": METHODS, "solver": tuple(SOLVERS),
                              "gradient": tuple(GRADIENTS), "loss": LOSSES}.items(): check_choice(getattr(self, name), name, values)
         check_fields(self, {"pool": (1, 2**31), "size": (8, 2**14), "landmarks": (1, 10_000), "features": (4, 2**14), "width": (1, 2**14), "increment": (0, 2**12),
                             "depth": (1, 10), "groups": (1, 2**10), "sharpness": (1e-6, 1e6), "evaluations": (1, 10_000), "tolerance": (0.0, 1.0),
@@ -291,13 +291,20 @@ def _drawn(count, size, seed):
     return TensorSet(torch.cat([part["x0"] for part in parts]), points=torch.cat([part["points"] for part in parts]))
 
 
+def _noise(config):
+    generator = torch.Generator().manual_seed(step_seed(config.seed, 3))
+    return TensorSet(2 * torch.rand(config.pool, 3, config.size, config.size, generator=generator) - 1, points=torch.rand(config.pool, config.landmarks, 2, generator=generator))
+
+
 def load_data(
     config: LdeqConfig,    # names the data
     split: str="train",    # "train", or "test": faces that were not trained on
 ):                         # map-style data set of dictionaries with x0 and points
     "Pictures with landmarks (`ValueError` where a user's folder is not said)."
     check_choice(split, "split", ("train", "test"))
+    if config.data == "drawn" and config.landmarks != 71: raise ValueError(f"landmarks: drawn faces have 71, got {config.landmarks}")
     if config.data == "drawn": return _drawn(config.pool if split == "train" else config.evaluated, config.size, 0 if split == "train" else 1)
+    if config.data == "noise": return _noise(config)
     if not config.data_path: raise ValueError("data_path: WFLW is yours to bring; say in which folder it lies")
     return WFLW(config.data_path, split, side=config.size)
 
@@ -526,7 +533,7 @@ class Tracker:
         check_images(frame[None] if frame.ndim == 3 else frame, "frame")
         if box is None: box = self._searched(frame) if self.box is None else self.box
         points = self._look(frame, box)
-        self.box = _around(points)
+        self.box = _around(points, min(frame.shape[-2:]) / 10)
         return points
 
     def _searched(self, frame):
@@ -535,7 +542,7 @@ class Tracker:
         half = min(height, width) / (2 * self.enlarged)
         box = torch.tensor([width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half])
         for _ in range(4):
-            box = _around(self._look(frame, box))
+            box = _around(self._look(frame, box), min(height, width) / 10)
             self.maps = None
         return box
 
@@ -549,7 +556,11 @@ class Tracker:
         return moved(step.points[0, 0] * side, inverse(self.matrix))
 
 
-def _around(points): return torch.cat([points.amin(0), points.amax(0)])
+def _around(points, least=2.0):
+    "The box around landmarks, each side at least so many pixels: a detector that is lost may put them all in one place."
+    low, high = points.amin(0), points.amax(0)
+    middle, half = (low + high) / 2, ((high - low) / 2).clamp(min=least / 2)
+    return torch.cat([middle - half, middle + half])
 
 # %% ../nbs/papers/10_ldeq.ipynb #c15d719d
 _FILTERED = {"none": lambda rate: Unfiltered(), "exponential": lambda rate: Exponential(0.5), "OneEuro": lambda rate: OneEuro(rate, 1.0, 0.05)}

@@ -10,7 +10,7 @@ from extras import need
 need("train", "data")
 from diffusion_papers.topics import faces
 from diffusion_papers.topics.faces import (
-    LOOKS, DrawnFaces, covered, degraded, draw_faces, drawn_clip, face_factors, face_points, outline_distance, placed, shape_space, to_unit)
+    LOOKS, DrawnFaces, augmented, covered, degraded, draw_faces, drawn_clip, face_factors, face_points, outline_distance, placed, shape_space, to_unit)
 from diffusion_papers.topics.landmarks import NUMBERINGS, crop_matrix, moved, nme, nmf
 from diffusion_papers.workbench.checkpoints import data_folder
 
@@ -148,3 +148,30 @@ def test_shaken_crops_see_the_same_frame_from_other_boxes():
     assert nmf(seen, moved(calm.points, calm.matrix)) > 1000 and torch.allclose(moved(calm.points, calm.matrix), calm.points - 32)
     with pytest.raises(ValueError, match="frames"): drawn_clip(0, 0)
     with pytest.raises(ValueError, match="shaken"): drawn_clip(0, shaken=2.0)
+
+
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def test_changes_move_pictures_and_points_alike():
+    numbers = torch.full((6, 12), 0.5)
+    numbers[:, 7] = 0.9  # nothing is covered
+    points = torch.rand(6, 98, 2, generator=seeded()) * 0.4 + 0.3
+    images = -torch.ones(6, 3, 64, 64)
+    for number in range(6):
+        x, y = (points[number, 60] * 64).round().long().tolist()
+        points[number, 60] = torch.tensor([x, y]) / 64
+        images[number, :, y - 1:y + 2, x - 1:x + 2] = 1  # a spot at the left eye
+    numbers[0, 0], numbers[1, 0], numbers[2, 1], numbers[3, 2], numbers[4, 3], numbers[5, 4] = 0.9, 0.1, 0.9, 0.9, 0.1, 0.2
+    moved_images, moved_points = augmented(images, points, numbers)
+    place = torch.arange(64.0)
+    for number in range(6):
+        bright = (moved_images[number].mean(0) + 1).clamp(min=0)
+        at = torch.stack([(bright.sum(0) * place).sum(), (bright.sum(1) * place).sum()]) / bright.sum() / 64
+        eye = 72 if number == 5 else 60  # the mirrored left eye is the right one
+        assert torch.allclose(at, moved_points[number, eye], atol=0.5 / 64), number
+    assert torch.allclose(moved_points[5], (torch.tensor([63 / 64, 0.0]) + points[5] * torch.tensor([-1.0, 1.0]))[NUMBERINGS["wflw98"].mirror], atol=1e-5)
+    dark, _ = augmented(images, points, torch.cat([numbers[:, :5], torch.zeros(6, 1), numbers[:, 6:]], 1))
+    assert dark.amax() == pytest.approx(0.2, abs=0.02)  # 0.6 of the brightness
+    hidden = numbers.clone(); hidden[:, 7], hidden[:, 11] = 0.1, 1.0
+    assert (augmented(images, points, hidden)[0] == 1).float().mean() > 0.02

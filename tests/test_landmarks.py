@@ -14,7 +14,7 @@ from scipy.integrate import simpson
 from diffusion_papers.topics import landmarks
 from diffusion_papers.topics.landmarks import (
     FILTERS, NORMALISERS, NUMBERINGS, WFLW, WFLW_TO_300W, DoubleExponential, Exponential, MovingAverage, OneEuro, SavitzkyGolay, Unfiltered, allan_deviation,
-    area_under_curve, clip_names, crop_matrix, face_sizes, failure_rate, inverse, lag, moved, nme, nmf, padded, read_clip, read_video, smooth, tuned, warp)
+    Video, area_under_curve, clip_names, crop_matrix, drawn_on, face_sizes, failure_rate, in_common, inverse, lag, landmark_loss, moved, nme, nmf, padded, read_clip, read_video, small_crop, smooth, tuned, warp, write_video)
 
 
 def faces(count=5, n=98, seed=0): return 100 * torch.rand(count, n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -23,7 +23,7 @@ def faces(count=5, n=98, seed=0): return 100 * torch.rand(count, n, 2, generator
 # ---- numbers of points
 
 def test_a_mirrored_face_has_its_points_where_their_partners_were():
-    middle = {"wflw98": [16, 51, 52, 53, 54, 57, 79, 85, 90, 94], "300w68": [8, 27, 28, 29, 30, 33, 51, 57, 62, 66], "drawn71": [7, 33, 37, 41, 47, 53, 57, 60, 62]}
+    middle = {"wflw98": [16, 51, 52, 53, 54, 57, 79, 85, 90, 94], "300w68": [8, 27, 28, 29, 30, 33, 51, 57, 62, 66], "drawn71": [7, 33, 37, 41, 47, 53, 57, 60, 62], "common10": [4, 5]}
     for name, known in NUMBERINGS.items():
         order = known.mirror
         assert torch.equal(order[order], torch.arange(known.count)) and (order == torch.arange(known.count)).nonzero()[:, 0].tolist() == middle[name]
@@ -108,7 +108,7 @@ def test_lag_is_in_frames_and_positive_when_late():
     (lambda: nme(faces(), faces(4)), ValueError, "predicted: expected the shape of the truth"),
     (lambda: nme(faces() * float("nan"), faces()), ValueError, "predicted: expected finite coordinates, got NaN or infinite ones in face 0"),
     (lambda: nme(faces(0), faces(0)), ValueError, "truth: expected points"),
-    (lambda: nme(faces(n=5), faces(n=5)), ValueError, "points: expected 98, 68, 71 points a face, got 5"),
+    (lambda: nme(faces(n=5), faces(n=5)), ValueError, "points: expected 98, 68, 71, 10 points a face, got 5"),
     (lambda: nme(faces(), faces() * 0), ValueError, "truth: the inter-ocular length of face 0 is 0"),
     (lambda: nme(faces(), faces(), "nose"), ValueError, "normaliser: expected one of inter-ocular"),
     (lambda: nmf(faces(1), faces(1)), ValueError, "at least 2 frames, got 1"), (lambda: nmf(faces(3), faces(3) * 0), ValueError, "box length of face 0 is 0"),
@@ -284,3 +284,62 @@ def test_videos_are_read_in_order_with_their_rate(tmp_path):
     frames, rate = read_video(tmp_path / "v.mp4")
     assert frames.shape == (6, 3, 48, 64) and rate == 12 and (frames.mean((1, 2, 3)).diff() > 0.2).all()
     assert len(read_video(tmp_path / "v.mp4", most=2)[0]) == 2
+
+
+def test_gifs_and_mp4s_are_written_and_read_again(tmp_path):
+    from PIL import Image
+    frames = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 21, 30)
+    write_video(tmp_path / "v.gif", frames, 20)
+    with Image.open(tmp_path / "v.gif") as film: assert film.n_frames == 5 and film.size == (30, 21) and film.info["duration"] == 50
+    if importlib.util.find_spec("av"):
+        write_video(tmp_path / "v.mp4", frames, 20)
+        again, rate = read_video(tmp_path / "v.mp4")
+        assert again.shape == (5, 3, 20, 30) and rate == 20 and (again.mean((1, 2, 3)) - frames.mean((1, 2, 3))).abs().max() < 0.1
+    with pytest.raises(ValueError, match="path: expected one of"): write_video(tmp_path / "v.avi", frames)
+    (tmp_path / "no.mp4").write_bytes(b"nothing")
+    if importlib.util.find_spec("av"):
+        with pytest.raises(ValueError, match="no video that can be read"): Video(tmp_path / "no.mp4")
+
+
+def test_frames_of_one_folder_have_one_size(tmp_path):
+    from PIL import Image
+    for number, size in enumerate(((8, 6), (8, 6), (6, 8))): Image.new("RGB", size, (100 * number,) * 3).save(tmp_path / f"{number}.png")
+    frames = iter(Video(tmp_path))
+    assert next(frames).mean() == -1 and next(frames).mean() == pytest.approx(100 / 127.5 - 1, abs=1e-6)
+    with pytest.raises(ValueError, match="2.png has another"): next(frames)
+
+
+# ---- what a detector is trained with, and its dots
+
+def test_losses_are_what_they_are_called():
+    predicted, truth = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[20.0, 0.0], [0.0, 1.0]]]), torch.zeros(2, 2, 2)
+    assert landmark_loss(predicted, truth).tolist() == pytest.approx([2.5, 10.5], abs=1e-5) and landmark_loss(predicted, truth, "squared").tolist() == [12.5, 200.5]
+    wing = lambda e: 10 * math.log(1 + e / 2) if e < 10 else e - (10 - 10 * math.log(6))
+    assert landmark_loss(predicted, truth, "wing").tolist() == pytest.approx([(wing(0) * 2 + wing(3) + wing(4)) / 4, (wing(20) + 2 * wing(0) + wing(1)) / 4])
+    with pytest.raises(ValueError, match="kind"): landmark_loss(truth, truth, "mse")
+
+
+def test_dots_are_where_the_landmarks_are():
+    dotted = drawn_on(torch.zeros(1, 3, 32, 32), torch.tensor([[[0.25, 0.5], [0.99, 0.0]]]))
+    assert (dotted[0, 1] == 1).nonzero().tolist() == [[0, 31], [16, 8]]
+    wide = drawn_on(torch.zeros(1, 3, 10, 40), torch.tensor([[[0.5, 0.3]]]), (0.5, 0.5, 0.5))
+    assert (wide[0, 0] == 0.5).nonzero().tolist() == [[3, 20]]
+
+
+def test_ten_points_have_the_same_names_in_all_numberings():
+    for known in (NUMBERINGS["wflw98"], NUMBERINGS["300w68"], NUMBERINGS["drawn71"]):
+        points = torch.arange(known.count).double()[:, None].expand(-1, 2)
+        assert torch.equal(in_common(points[known.mirror]), in_common(points)[NUMBERINGS["common10"].mirror])
+        assert torch.equal(in_common(points)[list(NUMBERINGS["common10"].eyes), 0], torch.tensor(known.eyes).double())
+    assert torch.equal(in_common(torch.arange(98)[:, None]), WFLW_TO_300W[in_common(torch.arange(68)[:, None])[:, 0]][:, None])
+    with pytest.raises(ValueError, match="71, 68, 98, 468 points"): in_common(torch.zeros(5, 2))
+
+
+def test_small_crops_are_means_at_the_right_place():
+    plate = torch.full((3, 80, 100), -1.0); plate[:, 20:44, 30:54] = 1
+    matrix = crop_matrix(torch.tensor([25.0, 15.0, 65.0, 55.0]), 12)
+    weights, place = (small_crop(plate, matrix, 12).mean(0) + 1).double(), torch.arange(12).double()
+    middle = torch.stack([(weights * place).sum(), (weights * place[:, None]).sum()]) / weights.sum()
+    assert (middle - moved(torch.tensor([[41.5, 31.5]]).double(), matrix)[0]).abs().max() < 0.05
+    chess = (torch.arange(96)[:, None] + torch.arange(96)) % 2 * 2.0 - 1
+    assert small_crop(chess.expand(3, 96, 96), crop_matrix(torch.tensor([18.0, 18.0, 68.0, 68.0]), 12), 12).abs().max() < 0.5, "one pixel in five would be black or white"

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from extras import need
@@ -13,10 +14,10 @@ from diffusion_papers import ldeq
 from diffusion_papers.core.data import TensorSet
 from diffusion_papers.core.training import Draws, TrainingConfig
 from diffusion_papers.ldeq import (
-    CONFIGS, Ldeq, LdeqConfig, Memory, augmented, authors_names, build, detect, detection_loss, drawn_on, evaluate, generate_data, landmark_loss, load_authors_checkpoint,
-    multiplier, normalised, read_out, rewarped, track, train)
+    CONFIGS, Ldeq, LdeqConfig, Memory, Tracker, authors_names, build, detect, detection_loss, evaluate, generate_data, load_authors_checkpoint, measure_videos,
+    multiplier, normalised, read_out, rewarped, track, track_file, train, warm_start)
 from diffusion_papers.topics.equilibrium import FixedPoint, Stop, jacobian_penalty, solve
-from diffusion_papers.topics.landmarks import NUMBERINGS, nme
+from diffusion_papers.topics.landmarks import nme, nmf
 from diffusion_papers.workbench.checkpoints import CheckpointError
 
 SMALL = LdeqConfig(size=32, landmarks=5, features=8, width=8, increment=4, depth=2, pool=8)
@@ -90,6 +91,9 @@ def test_released_weights_are_read_by_their_names(tmp_path, packed):
     assert (found.config.features, found.config.width, found.config.increment, found.config.landmarks, found.config.depth) == (8, 8, 4, 5, 2)
     stop = Stop(5, 0)
     assert torch.equal(found(pictures(), stop=stop).maps, build_like(model, found)(pictures(), stop=stop).maps)
+    torch.save({"state_dict": state, "args": argparse.Namespace(cell_gn_groups=2, cell_softargmax_beta=3.0)}, tmp_path / "told.pt")
+    told = load_authors_checkpoint(tmp_path / "told.pt")
+    assert (told.config.groups, told.config.sharpness) == (2, 3.0) and load_authors_checkpoint(tmp_path / "told.pt", groups=4, sharpness=1.5).config.groups == 4
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="no checkpoint of LDEQ, it lacks tail.3.conv.weight"): load_authors_checkpoint(tmp_path / "other.pt")
     state.popitem()
@@ -135,13 +139,6 @@ def test_all_ways_to_the_same_depth_agree_and_a_stack_has_its_own_weights():
 
 # ---- losses and training
 
-def test_losses_are_what_they_are_called():
-    predicted, truth = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[20.0, 0.0], [0.0, 1.0]]]), torch.zeros(2, 2, 2)
-    assert landmark_loss(predicted, truth).tolist() == pytest.approx([2.5, 10.5], abs=1e-5) and landmark_loss(predicted, truth, "squared").tolist() == [12.5, 200.5]
-    wing = lambda e: 10 * math.log(1 + e / 2) if e < 10 else e - (10 - 10 * math.log(6))
-    assert landmark_loss(predicted, truth, "wing").tolist() == pytest.approx([(wing(0) * 2 + wing(3) + wing(4)) / 4, (wing(20) + 2 * wing(0) + wing(1)) / 4])
-
-
 def test_the_loss_is_the_distance_on_the_heatmap():
     model, batch = tame(), {"x0": pictures(), "points": torch.rand(3, 5, 2, generator=seeded())}
     draws = lambda: Draws(seeded())
@@ -154,33 +151,9 @@ def test_the_loss_is_the_distance_on_the_heatmap():
     assert torch.allclose(found, plain + 2 * penalty, rtol=1e-3) and penalty > 0
     stops = []
     random = tame(random_evaluations=True, evaluations=6)
-    random.register_forward_pre_hook(lambda module, args, kwargs: stops.append(kwargs["stop"].evaluations), with_kwargs=True)
+    random.register_forward_pre_hook(lambda module, args: stops.append(args[2].evaluations))
     for seed in range(60): detection_loss(random, batch, Draws(seeded(seed)))
     assert set(stops) == {1, 2, 3, 4, 5, 6}
-
-
-def test_changes_move_pictures_and_points_alike():
-    numbers = torch.full((6, 12), 0.5)
-    numbers[:, 7] = 0.9  # nothing is covered
-    points = torch.rand(6, 98, 2, generator=seeded()) * 0.4 + 0.3
-    images = -torch.ones(6, 3, 64, 64)
-    for number in range(6):
-        x, y = (points[number, 60] * 64).round().long().tolist()
-        points[number, 60] = torch.tensor([x, y]) / 64
-        images[number, :, y - 1:y + 2, x - 1:x + 2] = 1  # a spot at the left eye
-    numbers[0, 0], numbers[1, 0], numbers[2, 1], numbers[3, 2], numbers[4, 3], numbers[5, 4] = 0.9, 0.1, 0.9, 0.9, 0.1, 0.2
-    moved_images, moved_points = augmented(images, points, numbers)
-    place = torch.arange(64.0)
-    for number in range(6):
-        bright = (moved_images[number].mean(0) + 1).clamp(min=0)
-        at = torch.stack([(bright.sum(0) * place).sum(), (bright.sum(1) * place).sum()]) / bright.sum() / 64
-        eye = 72 if number == 5 else 60  # the mirrored left eye is the right one
-        assert torch.allclose(at, moved_points[number, eye], atol=0.5 / 64), number
-    assert torch.allclose(moved_points[5], (torch.tensor([63 / 64, 0.0]) + points[5] * torch.tensor([-1.0, 1.0]))[NUMBERINGS["wflw98"].mirror], atol=1e-5)
-    dark, _ = augmented(images, points, torch.cat([numbers[:, :5], torch.zeros(6, 1), numbers[:, 6:]], 1))
-    assert dark.amax() == pytest.approx(0.2, abs=0.02)  # 0.6 of the brightness
-    hidden = numbers.clone(); hidden[:, 7], hidden[:, 11] = 0.1, 1.0
-    assert (augmented(images, points, hidden)[0] == 1).float().mean() > 0.02
 
 
 def test_training_lowers_the_error_and_goes_on_where_it_stopped(tmp_path):
@@ -209,14 +182,12 @@ def test_what_is_measured_on_stills(monkeypatch):
     assert [row["fails_at_8"] for row in rows] == pytest.approx([(nme(truth + 0.01 * n, truth) > 8).double().mean().item() for n in (1, 3)])
 
 
-def test_landmarks_of_many_pictures_and_dots(tmp_path):
+def test_landmarks_of_many_pictures(tmp_path):
     model, data = tame(), TensorSet(pictures(7), points=torch.rand(7, 5, 2, generator=seeded()))
     whole = detect(model, data.tensors["x0"])
     assert torch.allclose(detect(model, data.tensors["x0"], size=2), whole, atol=1e-5)
     made = generate_data(model, tmp_path / "made", data=data, size=3, device="cpu").__getitems__(range(7))
     assert torch.allclose(made["points"], whole, atol=1e-5) and torch.equal(made["truth"], data.tensors["points"])
-    dotted = drawn_on(torch.zeros(1, 3, 32, 32), torch.tensor([[[0.25, 0.5], [0.99, 0.0]]]))
-    assert (dotted[0, 1] == 1).nonzero().tolist() == [[0, 31], [16, 8]]
     assert ldeq.sample(model, 4, data=data).shape == (4, 3, 32, 32)
 
 
@@ -297,6 +268,100 @@ def test_heatmaps_are_carried_along_when_the_crop_moves():
     assert torch.allclose(track(model, video, matrices=matrices).maps, expected, atol=1e-5)
 
 
+def test_warm_starts_are_bumps_near_the_truth_for_a_share_of_the_pictures():
+    truth = torch.full((400, 2, 2), 8.0)
+    maps = warm_start(truth, 16, 0.25, Draws(seeded()))
+    warm = maps.flatten(1).amax(1) > 0
+    assert 0.15 < warm.double().mean() < 0.35 and not maps[~warm].any() and maps.amax() <= 1
+    off = 16 * read_out(maps[warm])[0] - 8
+    together, apart = off.mean(1), off[:, 0] - off[:, 1]
+    assert off.mean().abs() < 0.2 and 0.8 < together.std() < 1.3 and 0.5 < apart.std() < 0.9  # sqrt(1 + 1/8), and 0.5 sqrt(2)
+    assert (16 * read_out(maps[warm])[1]).median() == pytest.approx(1, rel=0.03)  # bumps of one pixel
+    found = []
+    model = tame(warm_starts=1.0)
+    model.register_forward_pre_hook(lambda module, args: found.append(args[1]))
+    detection_loss(model, {"x0": pictures(), "points": torch.rand(3, 5, 2, generator=seeded())}, Draws(seeded()))
+    assert found[0].shape == (3, 5, 8, 8) and found[0].any()
+
+
+def test_landmarks_of_a_video_have_a_gradient_for_its_pictures():
+    model, video = tame().double(), 0.9 * clips(1, 3).double()
+    for memory in (Memory("early", 2), Memory("penalty", 1, 0.5), Memory("none"), Memory("constraint", 20)):
+        leaf = video.clone().requires_grad_()
+        track(model, leaf, memory, full=Stop(30, 0)).points[0, -1, 0, 0].backward()
+        slope = leaf.grad
+        assert torch.isfinite(slope).all() and slope[:, -1].abs().max() > 0
+        assert (slope[:, 0].abs().max() > 0) == (memory.way in ("early", "penalty"))  # fixed points have forgotten where they began
+        way, step = torch.randn(video.shape, generator=seeded(5), dtype=torch.float64), 1e-5
+        with torch.no_grad(): ends = [track(model, video + sign * step * way, memory, full=Stop(30, 0)).points[0, -1, 0, 0].item() for sign in (1, -1)]
+        assert (slope * way).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-6), memory
+    assert not track(model, video).points.requires_grad
+
+
+def test_a_tracker_follows_the_face_and_carries_its_heatmaps(monkeypatch):
+    model, seen = tame(), []
+    def found(model, crop, memory, *, full, maps):
+        bright = (crop[0, 0].mean(0) > 0).nonzero().double()
+        low, high = bright.amin(0).flip(0), bright.amax(0).flip(0)
+        corners = torch.stack([low, high, torch.stack([low[0], high[1]]), torch.stack([high[0], low[1]]), (low + high) / 2]) / 32
+        seen.append(maps)
+        return ldeq.Track(corners[None, None], None, None, None, torch.zeros(1, 5, 8, 8) if maps is None else maps + 1)
+    monkeypatch.setattr(ldeq, "track", found)
+    frames = torch.full((5, 3, 80, 100), -1.0)
+    for number, frame in enumerate(frames): frame[:, 30:50, 40 + 3 * number:60 + 3 * number] = 1
+    tracker = Tracker(model)
+    points = torch.stack([tracker(frame) for frame in frames])
+    expected = torch.tensor([[40.0, 30.0], [59.0, 49.0], [40.0, 49.0], [59.0, 30.0], [49.5, 39.5]]).double() + torch.arange(5)[:, None, None] * torch.tensor([3.0, 0.0])
+    assert (points - expected).abs().max() < 1.5
+    assert seen[:5] == [None] * 5 and all(maps is not None for maps in seen[5:]), "the search does not remember, the video does"
+    box = torch.tensor([38.0, 28.0, 62.0, 52.0])
+    assert (Tracker(model, enlarged=1.5)(frames[0], box) - expected[0]).abs().max() < 1.5
+    with pytest.raises(ValueError, match="frame"): tracker(torch.full((3, 80, 100), 4.0))
+
+
+def test_a_video_of_files_becomes_lines_of_numbers(tmp_path):
+    from PIL import Image
+    model = build(SMALL)
+    (tmp_path / "frames").mkdir()
+    for number in range(6): Image.fromarray((torch.rand(40, 48, 3, generator=seeded(number)) * 255).byte().numpy()).save(tmp_path / "frames" / f"{number}.png")
+    np.save(tmp_path / "boxes.npy", np.tile([5.0, 5.0, 35.0, 35.0], (6, 1)))
+    told = []
+    points = track_file(tmp_path / "frames", boxes=str(tmp_path / "boxes.npy"), smoothing="exponential", drawn=str(tmp_path / "d.gif"), model=model, progress=False, output=tmp_path / "p.csv", say=told.append)
+    raw = track_file(tmp_path / "frames", boxes=str(tmp_path / "boxes.npy"), model=model, progress=False)
+    assert torch.allclose(points[1], (points[0] + raw[1]) / 2, atol=1e-6) and torch.equal(points[0], raw[0])
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert lines[0].startswith("frame,seconds,x0,y0,x1") and len(lines) == 7 and lines[3].split(",")[:2] == ["2", "0.08"]
+    assert float(lines[3].split(",")[2]) == pytest.approx(points[2, 0, 0].item(), abs=1e-3) and "late by" in told[0]
+    with Image.open(tmp_path / "d.gif") as film: assert film.n_frames == 6 and film.size == (48, 40)
+    for options, message in (({"smoothing": "median"}, "smoothing: expected one of"), ({"boxes": "none.npy"}, "boxes: there is no"), ({"output": tmp_path / "p.txt"}, "output"), ({"drawn": "d.png"}, "drawn"),
+                             ({"way": "late"}, "way")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message): track_file(tmp_path / "frames", model=model, progress=False, **options)
+    np.save(tmp_path / "few.npy", np.zeros((2, 4)) + [5, 5, 35, 35])
+    with pytest.raises(ValueError, match="boxes: expected one for each frame, got 2"): track_file(tmp_path / "frames", boxes=str(tmp_path / "few.npy"), model=model, progress=False)
+
+
+def test_videos_with_truth_are_measured(tmp_path):
+    from PIL import Image
+    model = build(SMALL.override(landmarks=98))
+    truth = {name: (torch.rand(5, 98, 2, generator=seeded(number), dtype=torch.float64) * 20 + 12).numpy() for number, name in enumerate("ab")}
+    for folder in ("bboxes", "landmarks"): (tmp_path / folder).mkdir()
+    for name in "ab":
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        for number in range(5): Image.fromarray((torch.rand(40, 48, 3, generator=seeded(number)) * 255).byte().numpy()).save(tmp_path / "videos" / name / f"{number}.png")
+        np.save(tmp_path / "bboxes" / f"{name}.npy", np.tile([8.0, 6.0, 36.0, 34.0], (5, 1))); np.save(tmp_path / "landmarks" / f"{name}.npy", truth[name])
+    (tmp_path / "hard.txt").write_text("b\n")
+    told = []
+    rows = measure_videos(tmp_path, hard=str(tmp_path / "hard.txt"), model=model, progress=False, output=tmp_path / "rows.csv", say=told.append)
+    tracker = Tracker(model, Memory("early", 2), enlarged=1.2, carried=False)
+    from diffusion_papers.topics.landmarks import read_clip
+    clip = read_clip(tmp_path, "a")
+    points = torch.stack([tracker(frame, box) for frame, box in zip(clip.frames, clip.boxes)])
+    assert rows[0]["nme"] == pytest.approx(nme(points, clip.points).mean().item()) and rows[0]["nmf"] == pytest.approx(nmf(points, clip.points)) and rows[0]["frames"] == 5
+    assert [line.split(",")[0] for line in told] == ["all", "hard", "easy"] and f"NME {(rows[0]['nme'] + rows[1]['nme']) / 2:.3f}" in told[0] and f"NME {rows[1]['nme']:.3f}" in told[1]
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="model: it has 5 landmarks"): measure_videos(tmp_path, model=build(SMALL), progress=False)
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: LdeqConfig(size=70), "size: expected a multiple of 64"), (lambda: LdeqConfig(features=30), "features: expected a multiple of 4"), (lambda: LdeqConfig(groups=5), "groups: expected a divisor"),
     (lambda: LdeqConfig(solver="newton"), "solver: expected one of fixed_point, anderson, broyden"), (lambda: LdeqConfig(loss="l1"), "loss: expected one of"),
@@ -304,7 +369,7 @@ def test_heatmaps_are_carried_along_when_the_crop_moves():
     (lambda: build(SMALL)(pictures(1), torch.zeros(1, 4, 8, 8)), "z0: expected heatmaps of shape"), (lambda: Memory("fast"), "way: expected one of"), (lambda: Memory(strength=-1.0), "strength"),
     (lambda: track(build(SMALL), torch.zeros(2, 3, 32, 32)), "clips: expected"), (lambda: track(build(SMALL), torch.full((1, 2, 3, 32, 32), 9.0)), "clips: expected values in"),
     (lambda: track(build(SMALL.override(method="stacked")), clips()), "a stack of cells has no fixed point"), (lambda: track(build(SMALL), clips(), matrices=torch.zeros(2, 4, 2, 3)), "matrices: expected shape"),
-    (lambda: read_out(torch.zeros(1, 1, 3, 4)), "maps: expected square"), (lambda: normalised(torch.zeros(1, 2, 2), "soft"), "how: expected one of"), (lambda: landmark_loss(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), "mse"), "kind"),
+    (lambda: read_out(torch.zeros(1, 1, 3, 4)), "maps: expected square"), (lambda: normalised(torch.zeros(1, 2, 2), "soft"), "how: expected one of"),
     (lambda: ldeq.load_data(CONFIGS["wflw"]), "data_path: WFLW is yours to bring"), (lambda: ldeq.load_data(SMALL, "validation"), "split"), (lambda: ldeq.sample(build(SMALL), 0), "count"),
 ])
 def test_bad_input_is_refused_by_name(call, message):

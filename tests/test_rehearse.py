@@ -10,13 +10,13 @@ from extras import need, whole_papers
 need("train", "data", "flax")
 
 from diffusion_papers.__main__ import parser
-from diffusion_papers.workbench.registry import evidence, paper, papers
+from diffusion_papers.workbench.registry import evidence, hooks, paper, papers
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("rehearse", ROOT / "tools" / "rehearse.py")
 rehearse = sys.modules["rehearse"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rehearse)
-QUICK = {"genie": "cifar10", "dfno": "cifar10", "i2sb": "imagenet256 sr4x-pool", "dpdm": "mnist", "ddo": "volcano_white"}
+QUICK = {"genie": "cifar10", "dfno": "cifar10", "i2sb": "imagenet256 sr4x-pool", "dpdm": "mnist", "ddo": "volcano_white", "ldeq": "wflw"}
 CHANGED = {"width", "head_width", "modes", "steps", "solver_steps", "kept", "trajectories", "batch_size", "accumulate", "checkpoint_every", "evaluated",
            "count", "calls", "size", "epochs"}  # widths, steps, batches, numbers of samples
 CHAINS = [(slug, values, commands) for slug in papers() for values, commands in rehearse.chains(rehearse.page(slug))]
@@ -40,9 +40,9 @@ def test_every_published_preset_has_its_commands(slug):
 def test_a_chain_goes_from_the_data_to_the_number(slug, values, commands):
     words = [line.partition("diffusion_papers ")[2].split() for line in commands]
     kinds = [each[0] for each in words]
-    assert kinds[:3] == ["train", "train", "sample"] and set(kinds[3:]) == {"evaluate"} and len(set(NAMES)) == len(NAMES)
+    assert kinds[:3] == ["train", "train", "sample"] and "evaluate" in kinds[3:] and set(kinds[3:]) <= {"evaluate", *hooks()} and len(set(NAMES)) == len(NAMES)
     assert "--resume" in words[1] and words[1][:-1] == words[0], "a training is resumed by the same command"
-    assert {each[each.index("--metric") + 1] for each in words[3:]} <= set(evidence(slug).METRICS)
+    assert {each[each.index("--metric") + 1] for each in words[3:] if each[0] == "evaluate"} <= set(evidence(slug).METRICS)
     for line in commands:
         changed = rehearse.rehearsed(line, values)
         parser(changed[changed.index("diffusion_papers") + 1:]).parse_args(changed[changed.index("diffusion_papers") + 1:])

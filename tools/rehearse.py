@@ -32,6 +32,7 @@ from torch import nn
 from diffusion_papers import dfno, i2sb
 from diffusion_papers.core.networks import authors_keys
 from diffusion_papers.topics.flax_weights import flax_tensors, write_msgpack
+from diffusion_papers.topics.landmarks import write_video
 from diffusion_papers.workbench.files import whole_file
 from diffusion_papers.workbench.registry import evidence, paper, papers
 from diffusion_papers.workbench.timing import measure, table_path
@@ -193,6 +194,27 @@ def write_flow(place):
     with whole_file(place) as unfinished: torch.save({"x": fields, "y": fields.cumsum(1) / 8}, unfinished)
 
 
+def write_wflw(place):
+    "WFLW in its own layout: pictures, and lines of 98 points, a box, six attributes and a name."
+    numbers, folder = np.random.default_rng(0), place / "WFLW_annotations" / "list_98pt_rect_attr_train_test"
+    folder.mkdir(parents=True); (place / "WFLW_images").mkdir()
+    for split, count in (("train", 6), ("test", 4)):
+        for index, pixels in enumerate(pictures(count, 120, len(split))):
+            with whole_file(place / "WFLW_images" / f"{split}_{index}.jpg") as unfinished: Image.fromarray(pixels).save(unfinished, "JPEG")
+        lines = [" ".join([*(f"{value:.3f}" for value in numbers.uniform(20, 100, 196)), "20 20 100 100", *map(str, numbers.integers(0, 2, 6)), f"{split}_{index}.jpg"]) for index in range(count)]
+        with whole_file(folder / f"list_98pt_rect_attr_{split}.txt") as unfinished: unfinished.write_text("\n".join(lines) + "\n")
+
+
+def write_wflw_videos(place):
+    "WFLW-V's layout: two films, with boxes and 98 points for each frame."
+    for name in ("videos", "bboxes", "landmarks"): (place / name).mkdir(parents=True)
+    for name in ("17", "4711"):
+        frames = torch.from_numpy(np.stack(pictures(6, 96, int(name)))).permute(0, 3, 1, 2).float() / 127.5 - 1
+        write_video(place / "videos" / f"{name}.mp4", frames)
+        for what, content in (("bboxes", np.tile([10.0, 12.0, 80.0, 84.0], (6, 1))), ("landmarks", np.random.default_rng(0).uniform(10, 80, (6, 98, 2)))):
+            with whole_file(place / what / f"{name}.npy") as unfinished, unfinished.open("wb") as file: np.save(file, content)
+
+
 def masks(): return {name: np.packbits(np.random.default_rng(0).random((8, 256, 256)) < 0.15) for name in ("10-20% freeform", "20-30% freeform")}
 
 
@@ -211,6 +233,8 @@ WRITERS = {  # how a file or a folder is called on the pages -> what writes it, 
     r".*masks\.npz": lambda place, config: write_arrays(place, **masks()),
     r"insar\.npz": lambda place, config: write_arrays(place, insar=radar()),
     r"nsforcing.*\.pt": lambda place, config: write_flow(place),
+    r"WFLW": lambda place, config: write_wflw(place),
+    r"WFLW_V": lambda place, config: write_wflw_videos(place),
 }
 
 
@@ -294,7 +318,7 @@ def paper_scale(slug, preset):
     "Whether a preset is a published one: the others train from what ships."
     config = paper(slug).CONFIGS[preset]
     data = getattr(config, "diffusion", config).data
-    return data in ("cifar10", "images", "idx", "cifar", "file", "distances")
+    return data in ("cifar10", "images", "idx", "cifar", "file", "distances", "wflw")
 
 
 if __name__ == "__main__":
