@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'NORMALISATIONS', 'METHODS', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'HOOKS', 'normalised',
-           'read_out', 'Block', 'Level', 'Cell', 'LdeqConfig', 'Detection', 'Ldeq', 'build', 'warm_start',
-           'detection_loss', 'load_data', 'train', 'detect', 'evaluate', 'Memory', 'multiplier', 'rewarped', 'Track',
-           'track', 'sample', 'generate_data', 'Tracker', 'track_file', 'measure_videos', 'authors_names',
-           'load_authors_checkpoint']
+           'read_out', 'Block', 'Level', 'Cell', 'LdeqConfig', 'Detection', 'Ldeq', 'build', 'detection_loss',
+           'load_data', 'train', 'detect', 'evaluate', 'Memory', 'multiplier', 'rewarped', 'Track', 'track', 'sample',
+           'generate_data', 'Tracker', 'track_file', 'measure_videos', 'authors_names', 'load_authors_checkpoint']
 
 # %% ../nbs/papers/10_ldeq.ipynb #667a8526
 import csv
@@ -140,7 +139,6 @@ class LdeqConfig(Config):
     gradient: str = "one_step"    # one of `topics.equilibrium.GRADIENTS`
     random_evaluations: bool = False  # whether a training step draws its number of evaluations, from 1 to the most
     jacobian: float = 0.0         # weight of the penalty on the Jacobian
-    warm_starts: float = 0.0      # share of the pictures whose solver starts at heatmaps as a frame before might have had; not in the paper
     loss: str = "distance"        # one of LOSSES
     evaluated: int = 256          # pictures on which a trained model is measured
     seed: int = 0                 # of initial weights and training
@@ -154,7 +152,7 @@ class LdeqConfig(Config):
                              "gradient": tuple(GRADIENTS), "loss": LOSSES}.items(): check_choice(getattr(self, name), name, values)
         check_fields(self, {"pool": (1, 2**31), "size": (8, 2**14), "landmarks": (1, 10_000), "features": (4, 2**14), "width": (1, 2**14), "increment": (0, 2**12),
                             "depth": (1, 10), "groups": (1, 2**10), "sharpness": (1e-6, 1e6), "evaluations": (1, 10_000), "tolerance": (0.0, 1.0),
-                            "jacobian": (0.0, 1e6), "warm_starts": (0.0, 1.0), "evaluated": (2, 2**31)})
+                            "jacobian": (0.0, 1e6), "evaluated": (2, 2**31)})
         check_seed(self.seed)
         step = 4 * 2**self.depth
         if self.size % step:
@@ -253,20 +251,6 @@ def build(
     return model.eval()
 
 # %% ../nbs/papers/10_ldeq.ipynb #cf9d07d9
-def warm_start(
-    truth: torch.Tensor,  # landmarks in pixels of the heatmap (B, n, 2)
-    side: int,            # of the heatmaps
-    share: float,         # of the pictures that start so; the others start at zeros
-    draws: Draws,         # random numbers of the step
-) -> torch.Tensor:        # heatmaps (B, n, side, side)
-    "Heatmaps as the frame before might have had them: bumps of one pixel around landmarks that moved by about a pixel, together, and by half a pixel each."
-    shift = draws.normal(truth[:, :1]) + 0.5 * draws.normal(truth)
-    place = torch.arange(side, dtype=truth.dtype, device=truth.device)
-    x, y = (truth + shift)[..., None].unbind(2)
-    bumps = torch.exp(-0.5 * ((place - x)[..., None, :].square() + (place - y)[..., None].square()))
-    return torch.where((draws.uniform(truth) < share)[:, None, None, None], bumps, 0.0)
-
-
 def detection_loss(
     model: Ldeq,     # in training
     batch: dict,     # x0: pictures (B, 3, size, size); points: landmarks in [0, 1] (B, n, 2)
@@ -276,8 +260,7 @@ def detection_loss(
     config, images, truth, stop = model.config, batch["x0"], batch["points"], model.config.stop
     if config.augment: images, truth = augmented(images, truth, torch.stack([draws.uniform(images) for _ in range(12)], 1))
     if config.random_evaluations: stop = replace(stop, evaluations=1 + int(draws.uniform(images)[0] * config.evaluations))
-    z0 = warm_start(truth * config.side, config.side, config.warm_starts, draws) if config.warm_starts else None
-    found = model(images, z0, stop)
+    found = model(images, stop=stop)
     loss = landmark_loss(found.points * config.side, truth * config.side, config.loss)
     if not config.jacobian: return loss
     features = model.inject(images)
