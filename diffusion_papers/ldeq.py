@@ -595,6 +595,13 @@ def _read_boxes(path):
     return box[:, :4]
 
 
+def _write_rows(path, rows):
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def _write_points(path, points, rate):
     heads = [f"{axis}{number}" for number in range(points.shape[1]) for axis in "xy"]
     _write_rows(path, [{"frame": number, "seconds": round(number / rate, 4)} | {head: round(value, 3) for head, value in zip(heads, frame.flatten().tolist())}
@@ -636,13 +643,6 @@ def _measured(model, memory, carried, video, boxes, truth):
     if len(found) != len(truth): raise ValueError(f"folder: {video.path.name} has {len(found)} frames and landmarks for {len(truth)}")
     points = torch.stack(found)
     return {"frames": len(points), "nme": nme(points, truth).mean().item(), "nmf": nmf(points, truth), "lag": lag(points, truth)}
-
-
-def _write_rows(path, rows):
-    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 HOOKS = {"track": Hook(track_file, outputs=(".csv",)), "videos": Hook(measure_videos, outputs=(".csv",))}
