@@ -10,10 +10,10 @@ __all__ = ['ABOUT', 'NORMALISATIONS', 'METHODS', 'CONFIGS', 'save_model', 'load_
 
 # %% ../nbs/papers/10_ldeq.ipynb #667a8526
 import csv
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -565,27 +565,23 @@ def track_file(
     output: Path | str | None=None, # a CSV file: a line for each frame, with its time in seconds, and x and y of each landmark in pixels
     say: Callable | None=None,  # called with what is worth telling
 ) -> torch.Tensor:              # landmarks in pixels of the frames (F, n, 2)
-    "Landmarks of a face in a video of any length."
+    "Landmarks of a face in a video; with boxes, as many frames as there are of these."
     say, memory, frames = say or (lambda line: None), Memory(way, evaluations, strength), Video(video)
     check_choice(smoothing, "smoothing", tuple(_FILTERED))
-    for name, path, suffixes in (("output", output, (".csv",)), ("drawn", drawn or None, (".gif", ".mp4"))):
-        if path is not None: check_output(path, name, suffixes)
-    box = None if not boxes else _read_boxes(boxes)
-    tracker, found, dotted = Tracker((model or load_pretrained()).to(check_device(device or "cpu")), memory), [], []
-    for number, frame in enumerate(bar(islice(frames, most), "frames") if progress else islice(frames, most)):
-        if box is not None and number >= len(box): raise ValueError(f"boxes: expected one for each frame, got {len(box)}")
-        found.append(tracker(frame, None if box is None else box[number]))
-        if drawn: dotted.append(frame)
-    if not found: raise ValueError(f"video: {video} has no frames")
-    raw = torch.stack(found)
+    if output is not None: check_output(output, "output", (".csv",))
+    if drawn: check_output(drawn, "drawn", (".gif", ".mp4"))
+    box = itertools.repeat(None) if not boxes else _read_boxes(boxes)
+    tracker = Tracker((model or load_pretrained()).to(check_device(device or "cpu")), memory)
+    raw = torch.stack([tracker(frame, where) for frame, where in zip(bar(itertools.islice(frames, most), "frames") if progress else itertools.islice(frames, most), box)])
     points = smooth(raw, _FILTERED[smoothing](frames.rate))
     if smoothing != "none" and len(raw) > 4: say(f"the filter is late by {lag(points, raw):.1f} frames")
     if output is not None: _write_points(output, points, frames.rate)
-    if drawn:
-        height, width = dotted[0].shape[-2:]
-        write_video(drawn, torch.cat([drawn_on(frame[None], place[None] / torch.tensor([width, height])) for frame, place in zip(dotted, points)]), frames.rate)
+    if drawn: write_video(drawn, torch.stack([_dotted(frame, place) for frame, place in zip(frames, points)]), frames.rate)
     say(f"{len(points)} frames, {points.shape[1]} landmarks in each")
     return points
+
+
+def _dotted(frame, points): return drawn_on(frame[None], points[None] / torch.tensor([frame.shape[-1], frame.shape[-2]]))[0]
 
 
 def _read_boxes(path):
@@ -628,11 +624,15 @@ def measure_videos(
     if output is not None: check_output(output, "output", (".csv",))
     model = (model or load_pretrained()).to(check_device(device or "cpu"))
     rows = [{"clip": name} | _measured(model, memory, carried, *open_clip(folder, name)) for name in (bar(names, "clips") if progress else names)]
-    for title, kept in (("all", names), ("hard", [name for name in names if name in tough]), ("easy", [name for name in names if tough and name not in tough])):
-        chosen = [row for row in rows if row["clip"] in kept]
-        if chosen: say(f"{title}, {len(chosen)} clips: NME {sum(row['nme'] for row in chosen) / len(chosen):.3f}, NMF {sum(row['nmf'] for row in chosen) / len(chosen):.2f}")
+    parts = {"all": rows} | ({"hard": [row for row in rows if row["clip"] in tough], "easy": [row for row in rows if row["clip"] not in tough]} if hard else {})
+    for title, chosen in parts.items(): say(_means(title, chosen))
     if output is not None: _write_rows(output, rows)
     return rows
+
+
+def _means(title, rows):
+    if not rows: return f"{title}: no clips"
+    return f"{title}, {len(rows)} clips: NME {sum(row['nme'] for row in rows) / len(rows):.3f}, NMF {sum(row['nmf'] for row in rows) / len(rows):.2f}"
 
 
 def _measured(model, memory, carried, video, boxes, truth):

@@ -321,7 +321,9 @@ def test_a_video_of_files_becomes_lines_of_numbers(tmp_path):
                              ({"way": "late"}, "way")):
         with pytest.raises((ValueError, FileNotFoundError), match=message): track_file(tmp_path / "frames", model=model, progress=False, **options)
     np.save(tmp_path / "few.npy", np.zeros((2, 4)) + [5, 5, 35, 35])
-    with pytest.raises(ValueError, match="boxes: expected one for each frame, got 2"): track_file(tmp_path / "frames", boxes=str(tmp_path / "few.npy"), model=model, progress=False)
+    assert len(track_file(tmp_path / "frames", boxes=str(tmp_path / "few.npy"), model=model, progress=False)) == 2
+    np.save(tmp_path / "few.npy", np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="boxes: expected x1, y1, x2, y2"): track_file(tmp_path / "frames", boxes=str(tmp_path / "few.npy"), model=model, progress=False)
 
 
 def test_videos_with_truth_are_measured(tmp_path):

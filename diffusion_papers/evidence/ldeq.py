@@ -159,15 +159,19 @@ def numbers_of(
     return row | ({"nme_each": [round(e, 4) for e in errors], "nmf_each": [round(f, 2) for f in flickers]} if each else {})
 
 
+def _of(tried, side, families):
+    "The choices of a side, or of all rivals together, with a filter of these families."
+    sides = RIVALS if side == "without memory" else (side,)
+    return [choice for choice in tried if choice["side"] in sides and choice["family"] in families]
+
+
 def groups(
     tried: list[dict],    # from `choices`
 ) -> list[tuple]:         # side, limit, family, the choices that there are
     "What is chosen from: each side with any filter that sees no future; without memory, whatever rival; single families of filters for the two that are compared."
-    sides = {side: [c for c in tried if c["side"] == side] for side in dict.fromkeys(choice["side"] for choice in tried)}
-    sides["without memory"] = [choice for name in RIVALS for choice in sides[name]]
-    online = {side: [c for c in mine if c["family"] != OFFLINE] for side, mine in sides.items()}
-    single = [(side, "unfiltered", family, [c for c in sides[side] if c["family"] == family]) for side in ("frame by frame", "memory") for family in FILTERS]
-    return single + [(side, limit, "online", online[side]) for side in sides for limit in ("unfiltered", "exact") if limit == "unfiltered" or side not in RIVALS]
+    sides, online = [*dict.fromkeys(choice["side"] for choice in tried), "without memory"], [family for family in FILTERS if family != OFFLINE]
+    single = [(side, "unfiltered", family, _of(tried, side, [family])) for side in ("frame by frame", "memory") for family in FILTERS]
+    return single + [(side, limit, "online", _of(tried, side, online)) for side in sides for limit in ("unfiltered", "exact") if limit == "unfiltered" or side not in RIVALS]
 
 
 def comparison(

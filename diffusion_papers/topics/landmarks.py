@@ -543,8 +543,10 @@ class Video:
 
     def __iter__(self):
         if self.pictures is None:
+            frame = None
             with self._opened() as container:
                 for frame in container.decode(container.streams.video[0]): yield _picture_of(frame.to_ndarray(format="rgb24"))
+            if frame is None: raise ValueError(f"path: {self.path} has no frames")
             return
         first = None
         for name in self.pictures:
