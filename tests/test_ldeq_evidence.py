@@ -166,3 +166,53 @@ def test_errors_of_wflw_come_whole_and_by_subset(monkeypatch):
     assert found["nme"] == pytest.approx(errors.mean().item()) and found["fails_at_8"] == failure_rate(errors, 8) and found["area"] == area_under_curve(errors)
     assert found["pose: nme"] == pytest.approx(errors[:5].mean().item()) and found["blur: fails_at_10"] == failure_rate(errors[3:12]) and "make-up: nme" not in found
     assert measure_landmarks(Made(range(20)), None, None, normaliser="box")["nme"] != found["nme"]
+
+
+# ---- the detector that ships
+
+@pytest.fixture(scope="module")
+def shipped(): return room.load_pretrained()
+
+
+@pytest.fixture(scope="module")
+def hard(): return room.together(room.drawn_clips(True, 12, 40, 51))
+
+
+def test_more_evaluations_than_in_training_do_no_harm(shipped):
+    stills = room.drawn_test(128)
+    rows = {row["evaluations"]: row["nme"] for row in room.evaluate(shipped, evaluations=(3, 12), data=stills)}
+    assert rows[12] < 5.5 and rows[12] <= rows[3] + 0.05
+    with torch.no_grad(): features = shipped.inject(stills.tensors["x0"][:64])
+    f = shipped.step(features)
+    found = solve(f, shipped.origin(features), FixedPoint(), Stop(30, 0))
+    assert found.history[5].mean() <= 2e-2 and found.history[-1].median() < 1e-5  # the longer it was trained, the more slowly it settles
+    assert (room.spectral_radius(f, found.z, generator=seeded()) < 1).double().mean() >= 0.95
+
+
+def test_the_one_step_gradient_points_where_the_exact_one_does(shipped):
+    model, stills = room.load_pretrained().train(), room.drawn_test(128)
+    model.stem.eval()
+    slopes = []
+    for gradient in ("one_step", "implicit"):
+        model.config = shipped.config.override(gradient=gradient, evaluations=20)
+        model.zero_grad()
+        (model(stills.tensors["x0"][:8]).points - stills.tensors["points"][:8]).norm(dim=-1).mean().backward()
+        slopes.append(torch.cat([p.grad.flatten() for p in model.cells.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*slopes, dim=0) >= 0.9
+
+
+def test_memory_against_frame_by_frame_on_clips_that_nothing_was_tuned_on(shipped, hard):
+    with torch.no_grad(): paths = {name: hard.placed(track(shipped, hard.frames, memory).points) for name, memory in (("none", Memory("none")), ("one", Memory("early", 1)), ("two", Memory("early", 2)))}
+    mean = lambda name, *filter: [sum(numbers) / 12 for numbers in measured(paths[name], hard, *filter)]
+    plain, one, two = mean("none"), mean("one"), mean("two")
+    assert one[1] <= 0.9 * plain[1] and one[0] <= plain[0] and two[1] <= 0.96 * plain[1]
+    plain, one = mean("none", Exponential(0.6)), mean("one", Exponential(0.6))
+    assert one[1] <= 0.95 * plain[1] and one[0] <= plain[0], "the same filter behind both"
+    with torch.no_grad(): foreign = measured(hard.placed(with_foreign_past(shipped, hard.frames, Memory("early", 1))), hard)
+    assert sum(foreign[0]) / 12 > mean("none")[0], "another clip's past is worse than none"
+
+
+def test_easy_clips_lose_nothing(shipped):
+    easy = room.together(room.drawn_clips(False, 6, 40, 51))
+    with torch.no_grad(): errors = [sum(measured(easy.placed(track(shipped, easy.frames, memory).points), easy)[0]) for memory in (Memory("none"), Memory("early", 1))]
+    assert abs(errors[1] / errors[0] - 1) < 0.01

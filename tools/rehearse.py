@@ -212,7 +212,7 @@ def write_wflw_videos(place):
         frames = torch.from_numpy(np.stack(pictures(6, 96, int(name)))).permute(0, 3, 1, 2).float() / 127.5 - 1
         write_video(place / "videos" / f"{name}.mp4", frames)
         for what, content in (("bboxes", np.tile([10.0, 12.0, 80.0, 84.0], (6, 1))), ("landmarks", np.random.default_rng(0).uniform(10, 80, (6, 98, 2)))):
-            with whole_file(place / what / f"{name}.npy") as unfinished, unfinished.open("wb") as file: np.save(file, content)
+            with whole_file(place / what / f"{name}.npy") as unfinished, unfinished.open("wb") as buffer: np.save(buffer, content)
 
 
 def masks(): return {name: np.packbits(np.random.default_rng(0).random((8, 256, 256)) < 0.15) for name in ("10-20% freeform", "20-30% freeform")}

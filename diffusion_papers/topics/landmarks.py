@@ -598,10 +598,10 @@ def write_video(
         else: _write_mp4(unfinished, values, rate)
 
 
-def _write_mp4(path, values, rate):
+def _write_mp4(unfinished, values, rate):
     av = require("av", "video")
     even = values[:, :values.shape[1] // 2 * 2, :values.shape[2] // 2 * 2]  # what the codec takes
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(str(unfinished), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=max(1, round(rate)))
         stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *even.shape[1:3], "yuv420p", 4_000_000
         for frame in even: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
