@@ -119,7 +119,7 @@ def test_labels_follow_the_face_and_are_means_of_six_looks():
     assert boxes[:, 0].diff().mean().item() == pytest.approx(2, abs=0.1) and boxes[0].tolist() == pytest.approx([20, 30, 43, 53], abs=1)
     assert mesh.asked.count(6) == 8
     side = 1.2 * (boxes[:, 2] - boxes[:, 0])
-    assert ((votes - points)[..., 0].mean() / side.mean()).item() == pytest.approx(0.05, abs=0.02), "the second network looks at a square of 1.2"
+    assert ((votes - points)[..., 0].mean() / side.mean()).item() == pytest.approx(0.05, abs=0.008), "the second network looks at a square of 1.2"
     assert disagreement(points, votes).max() < 3
 
 
