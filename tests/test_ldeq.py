@@ -17,7 +17,7 @@ from diffusion_papers.ldeq import (
     CONFIGS, Ldeq, LdeqConfig, Memory, Tracker, authors_names, build, detect, detection_loss, evaluate, generate_data, load_authors_checkpoint, measure_videos,
     multiplier, normalised, read_out, rewarped, track, track_file, train)
 from diffusion_papers.topics.equilibrium import FixedPoint, Stop, jacobian_penalty, solve
-from diffusion_papers.topics.landmarks import nme, nmf
+from diffusion_papers.topics.landmarks import crop_matrix, nme, nmf
 from diffusion_papers.workbench.checkpoints import CheckpointError
 
 SMALL = LdeqConfig(size=32, landmarks=5, features=8, width=8, increment=4, depth=2, pool=8)
@@ -301,6 +301,15 @@ def test_a_tracker_follows_the_face_and_carries_its_heatmaps(monkeypatch):
     box = torch.tensor([38.0, 28.0, 62.0, 52.0])
     assert (Tracker(model, enlarged=1.5)(frames[0], box) - expected[0]).abs().max() < 1.5
     with pytest.raises(ValueError, match="frame"): tracker(torch.full((3, 80, 100), 4.0))
+    moves = []
+    monkeypatch.setattr(ldeq, "rewarped", lambda maps, before, now, size: moves.append((before[0], now[0], size)) or maps)
+    boxes = [torch.tensor([38.0, 28.0, 62.0, 52.0]) + shift for shift in (0, 3)]
+    for carried in (False, True):
+        follower = Tracker(model, enlarged=1.5, carried=carried)
+        for frame, where in zip(frames, boxes): follower(frame, where)
+        assert len(moves) == int(carried)
+    before, now, size = moves[0]
+    assert torch.allclose(before, crop_matrix(boxes[0], 32, 1.5).float()) and torch.allclose(now, crop_matrix(boxes[1], 32, 1.5).float()) and size == 32
 
 
 def test_a_video_of_files_becomes_lines_of_numbers(tmp_path):
