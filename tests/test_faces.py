@@ -12,6 +12,7 @@ from diffusion_papers.topics import faces
 from diffusion_papers.topics.faces import (
     LOOKS, DrawnFaces, augmented, covered, degraded, draw_faces, drawn_clip, face_factors, face_points, outline_distance, placed, shape_space, to_unit)
 from diffusion_papers.topics.landmarks import NUMBERINGS, crop_matrix, moved, nme, nmf
+from diffusion_papers.core.training import step_seed
 from diffusion_papers.workbench.checkpoints import data_folder
 
 MIRROR = NUMBERINGS["drawn71"].mirror
@@ -146,6 +147,9 @@ def test_shaken_crops_see_the_same_frame_from_other_boxes():
     assert centre.std(0).mean().item() == pytest.approx(0.03 * 64, rel=0.3)
     seen = moved(shaken.points, shaken.matrix)
     assert nmf(seen, moved(calm.points, calm.matrix)) > 1000 and torch.allclose(moved(calm.points, calm.matrix), calm.points - 32)
+    look = face_factors([2], step_seed(0, 3) % 2**62)[2]
+    drawn = draw_faces(2 * seen / 64 - 1, look.expand(40, -1))
+    assert (shaken.frames - drawn).abs().mean() < 0.055 < (shaken.frames - calm.frames).abs().mean(), "pictures are what the crops see"
     with pytest.raises(ValueError, match="frames"): drawn_clip(0, 0)
     with pytest.raises(ValueError, match="shaken"): drawn_clip(0, shaken=2.0)
 
