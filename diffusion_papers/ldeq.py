@@ -236,7 +236,7 @@ class Ldeq(nn.Module):
 
     def readable(self, z): return normalised(z, "softargmax", self.config.sharpness) if self.config.normalisation == "none" else z
 
-
+# %% ../nbs/papers/10_ldeq.ipynb #8049ef2f
 def build(
     config: LdeqConfig=CONFIGS["cpu"],  # what to build
 ) -> Ldeq:                              # with initial weights, a function of the seed
@@ -358,7 +358,7 @@ class Memory:
         check_choice(self.way, "way", _WAYS)
         check_fields(self, {"evaluations": (1, 10_000), "strength": (0.0, 1e12), "cut": (0.0, math.inf)})
 
-
+# %% ../nbs/papers/10_ldeq.ipynb #662cc832
 def _penalised(answer, f, before, memory):
     "Iterate z <- (f(z) + strength * before) / (1 + strength) from z = before, where f answers `answer`."
     pulled = lambda answer: (answer + memory.strength * before) / (1 + memory.strength)
@@ -391,7 +391,7 @@ def rewarped(
     shift = (now[..., :2] @ back[..., 2:] + now[..., 2:]) * scale
     return warp(maps, torch.cat([linear, shift], -1), maps.shape[-1])
 
-
+# %% ../nbs/papers/10_ldeq.ipynb #574c89e0
 class Track(NamedTuple):
     "Landmarks of clips, and what they cost."
     points: torch.Tensor       # in [0, 1) of each frame's crop (B, F, n, 2)
@@ -427,7 +427,7 @@ def _frame(model, features, before, memory, full):
     if cut.any(): z = torch.where(cut[:, None, None, None], solved(origin), z)
     return z, cut, first, memory.evaluations + (full.evaluations if cut.any() else 0)
 
-
+# %% ../nbs/papers/10_ldeq.ipynb #37dea328
 def track(
     model: Ldeq,               # trained on stills
     clips: torch.Tensor,       # crops of B clips of F frames (B, F, 3, size, size) in [-1, 1]

@@ -558,7 +558,7 @@ class Video:
 
 def _picture_of(values): return torch.from_numpy(values).permute(2, 0, 1).float() / 127.5 - 1
 
-
+# %% ../../nbs/topics/15_landmarks.ipynb #2428c702
 def read_video(
     path: Path | str,        # of a video file, or of a folder of pictures in the order of their names
     most: int | None=None,   # frames, the first ones; None is all
@@ -607,7 +607,7 @@ def _write_mp4(unfinished, values, rate):
         for frame in even: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
-
+# %% ../../nbs/topics/15_landmarks.ipynb #fb1130ba
 def clip_names(
     root: Path | str,   # of WFLW-V
 ) -> list[str]:         # clips that have boxes and landmarks
