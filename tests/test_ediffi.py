@@ -1,0 +1,316 @@
+"""eDiff-I: the tree, the growth, routing, training, sampling, painting."""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from extras import need
+
+need("train", "data")
+
+import pytest
+import torch
+
+from diffusion_papers import ediffi
+from diffusion_papers.core.analytic import gaussian_denoiser
+from diffusion_papers.core.samplers import Counted, heun
+from diffusion_papers.core.training import Draws, TrainingConfig
+from diffusion_papers.ediffi import (
+    CONFIGS, Brush, Ensemble, Interval, NoiseLevels, Stroke, at_map_size, build, check_partition, draw_levels, ensemble_intervals, growth, node,
+    noise_grid, paint_weight, painted_regions, sample, train)
+from diffusion_papers.topics.prompts import encode_prompts, encoders_of
+from diffusion_papers.topics.text_unet import TextUNetConfig, token_places
+from diffusion_papers.workbench.checkpoints import CheckpointError
+
+NOISE = NoiseLevels()
+SHORT = dict(batch_size=2, precision="no", checkpoint_every=1)
+TINY = replace(CONFIGS["cpu"], network=TextUNetConfig(width=32, head_width=16, context_width=16, embedding_width=32, multipliers=(1, 1), blocks=(1, 1), attention=(8,)),
+               training=TrainingConfig(steps=2, **SHORT), branch=TrainingConfig(steps=1, **SHORT), expert=TrainingConfig(steps=2, **SHORT),
+               world=replace(CONFIGS["cpu"].world, contents=4, most=1, nouns="forty", coloured=0.0, backgrounds="plain", seed=0), low_level=2, high_level=2)
+
+
+@pytest.fixture(autouse=True)
+def encoders(monkeypatch):
+    "Without MiniLM's weights: a text encoder that knows any caption, one token a word."
+    from diffusion_papers.topics import prompts
+    from diffusion_papers.topics.text import BagOfWords, load_tower, TextStates
+    class Words:
+        name, width, longest, pooling = "words", 384, 16, "mean"
+        def encode(self, captions):
+            rows = [[hash(word) % 97 / 97 for word in text.split()] for text in captions] if False else [[len(word) / 9 + ord(word[0]) / 60 for word in text.split()] for text in captions]
+            longest = max(1, *map(len, rows))
+            there = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+            wave = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])[..., None] * torch.linspace(1, 8, 384)
+            return TextStates(torch.sin(wave), there)
+        def spans(self, caption):
+            found, start = [], 0
+            for word in caption.split(): start = caption.index(word, start); found.append((start, start + len(word))); start += len(word)
+            return found
+    tower = load_tower()
+    made = prompts.Encoders(Words(), BagOfWords(tower), tower.image)
+    monkeypatch.setattr(ediffi, "encoders_of", lambda config: made)
+    return made
+
+
+def test_json_of_reference_intervals():
+    import importlib.util
+    place = Path(__file__).parent / "golden"
+    spec = importlib.util.spec_from_file_location("golden_ediffi", place / "ediffi.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    content = json.loads((place / "ediffi" / "intervals.json").read_text())
+    blind = content | {"boundaries": {name: [0] * len(values) for name, values in content["boundaries"].items()}, "routing": {"sigmas": content["routing"]["sigmas"]}}
+    found = module.compute("intervals", blind)
+    for name, value in found.items():
+        stored = content
+        for part in name.split("/"): stored = stored[part]
+        module.compare("intervals", name, value, [math.nan if edge is None else edge for edge in stored] if name.startswith("boundaries") else stored)
+    assert len(found) == len(content["boundaries"]) + 4
+
+
+def test_quantiles_and_levels_are_inverse():
+    noise = NoiseLevels(-0.3, 0.7)
+    levels = torch.logspace(-2, 1.5, 40, dtype=torch.float64)
+    assert torch.allclose(noise.sigma(noise.quantile(levels)), levels, rtol=1e-8) and noise.sigma(0.5).item() == pytest.approx(math.exp(-0.3))
+    assert noise.quantile(torch.tensor(math.exp(-0.3 + 0.7))).item() == pytest.approx(0.841345, abs=1e-5)
+    with pytest.raises(ValueError, match="p_std"): NoiseLevels(p_std=0.0)
+
+
+def test_three_experts_together_draw_the_training_distribution():
+    uniform = torch.rand(60_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    intervals = ensemble_intervals(3)
+    owner = torch.multinomial(torch.tensor([interval.mass for interval in intervals]), 60_000, True, generator=torch.Generator().manual_seed(1))
+    levels = torch.cat([draw_levels(uniform[owner == number], interval, NOISE) for number, interval in enumerate(intervals)])
+    place = NOISE.quantile(levels).sort()[0]
+    distance = (place - (torch.arange(60_000) + 0.5) / 60_000).abs().max() * math.sqrt(60_000)
+    assert distance < 1.63  # Kolmogorov and Smirnov at one per cent
+
+
+def test_draws_never_leave_their_interval():
+    for level, index in ((0, 0), (3, 0), (3, 4), (9, 511), (20, 2**20 - 1)):
+        low, high = node(level, index).bounds(NOISE)
+        drawn = draw_levels(torch.linspace(0, 1, 999), node(level, index), NOISE)
+        assert torch.isfinite(drawn).all() and drawn.min() > low and drawn.max() < high and (drawn.diff() > 0).any()
+
+
+@pytest.mark.parametrize("level, index", [(3, 8), (3, -1), (0, 1)])
+def test_nodes_that_are_not_there(level, index):
+    with pytest.raises(ValueError, match=f"level {level} has the nodes"): node(level, index)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_level_has_one_owner(count):
+    intervals = ensemble_intervals(count)
+    check_partition(intervals)
+    ensemble, levels = Ensemble([None] * count, intervals, NOISE), torch.logspace(-4, 3, 10_000, dtype=torch.float64)
+    owners, bounds = ensemble.owner(levels), [interval.bounds(NOISE) for interval in intervals]
+    inside = torch.stack([(low <= levels) & (levels < high) for low, high in bounds])
+    assert (inside.sum(0) == 1).all() and torch.equal(inside.int().argmax(0), owners)
+    edges = torch.tensor([high for _, high in bounds[:-1]], dtype=torch.float64)
+    assert ensemble.owner(edges).tolist() == list(range(1, count)) if count > 1 else True  # closed below
+
+
+def test_gaps_and_overlaps_are_named():
+    for wrong, words in (([Interval(0, 0.5), Interval(0.75, 1)], "a gap between the quantiles 0.5 and 0.75"), ([Interval(0, 0.5), Interval(0.25, 1)], "an overlap between the quantiles 0.25 and 0.5"),
+                         ([Interval(0.25, 1)], "a gap between the quantiles 0.0 and 0.25"), ([Interval(0, 0.5)], "after the last expert")):
+        with pytest.raises(ValueError, match=words): check_partition(wrong)
+    with pytest.raises(ValueError, match="Interval"): Interval(0.5, 0.5)
+    with pytest.raises(ValueError, match="experts"): Ensemble([None], ensemble_intervals(3), NOISE)
+    with pytest.raises(ValueError, match="count"): ensemble_intervals(4)
+
+
+def test_growth_descends_the_outer_branches_once():
+    branches = growth(ensemble_intervals(3))
+    names = [branch.name for branch in branches]
+    assert names[:4] == ["base", "E1_0", "E2_0", "E3_0"] and names[-2:] == ["E9_511", "expert1"] and len(set(names)) == len(names) == 14
+    parents = {branch.name: branch.parent for branch in branches}
+    assert parents["E2_0"] == "E1_0" and parents["E9_511"] == "E8_255" and parents["expert1"] == "base" and parents["E1_1"] == "base" and parents["base"] == ""
+    for branch in branches:
+        if branch.parent: assert branch.interval.inside(next(other for other in branches if other.name == branch.parent).interval)
+    five = {branch.name: branch for branch in growth(ensemble_intervals(5))}
+    assert five["expert1"].parent == "E2_0" and five["expert3"].parent == "E4_15" and five["expert2"].parent == "base"
+    assert [branch.name for branch in growth(ensemble_intervals(2))] == ["base", *(f"E{level}_{2**level - 1}" for level in range(1, 10)), "expert0"]
+
+
+def test_a_batch_of_mixed_levels_is_answered_by_its_owners():
+    means = [torch.tensor([value, -value]) for value in (1.0, 2.0, 3.0)]
+    three = Ensemble([gaussian_denoiser(mean, 0.5) for mean in means], ensemble_intervals(3), NOISE)
+    sigma = torch.tensor([20.0, 0.01, 1.0, 0.02, 50.0])
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([gaussian_denoiser(means[owner], 0.5)(x[[row]], sigma[[row]]) for row, owner in enumerate((2, 0, 1, 0, 2))])
+    assert torch.allclose(three(x, sigma), expected)
+    with pytest.raises(ValueError, match="sigma"): three(x, torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="look"): three(x, sigma, look=lambda *given: None)
+
+
+def test_heuns_second_call_belongs_to_the_level_at_which_it_is_asked():
+    asked = []
+    def expert(number):
+        def denoise(x, sigma): asked.append((number, sigma[0].item())); return torch.zeros_like(x)
+        return denoise
+    three = Ensemble([expert(number) for number in range(3)], ensemble_intervals(3), NOISE)
+    heun(three, torch.ones(1, 1), torch.tensor([20.0, 5.0, 0.01, 0.0]))
+    assert asked == [(2, 20.0), (1, 5.0), (1, 5.0), (0, pytest.approx(0.01)), (0, pytest.approx(0.01))]
+
+
+def test_experts_in_use_alone_are_on_the_device():
+    model = build(replace(TINY, experts=3)).keep_active("cpu")
+    moved = []
+    for number, expert in enumerate(model.experts): expert.to = lambda device, number=number: moved.append((number, str(device)))
+    model._expert(1)
+    assert moved == [(0, "cpu"), (2, "cpu"), (1, "cpu")] and model.device == torch.device("cpu")
+
+
+def test_copies_of_one_expert_change_not_a_bit():
+    one, three = build(TINY), build(replace(TINY, experts=3))
+    assert all(torch.equal(a, b) for expert in three.experts for a, b in zip(expert.parameters(), one.experts[0].parameters()))
+    for expert in [*one.experts, *three.experts]:
+        for parameter in expert.parameters():
+            if parameter.ndim > 1 and parameter.abs().max() < 1e-4: torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
+    pictures = [sample(model, 2, prompt="a red car", steps=4, guidance=2.0) for model in (one, three)]
+    assert torch.equal(*pictures) and pictures[0].std() > 0.01
+
+
+def test_children_begin_as_their_parents_and_parents_stay(tmp_path):
+    config = replace(TINY, experts=3)
+    starts = {}
+    import diffusion_papers.ediffi as module
+    real = module.fit
+    def noted(expert, loss, data, training, folder, title, **options):
+        starts[folder.name] = {name: value.clone() for name, value in expert.state_dict().items()}
+        done = real(expert, loss, data, training, folder=folder, title=title, **options)
+        starts[folder.name + " end"] = {name: value.clone() for name, value in done.state_dict().items()}
+        return done
+    module.fit = noted
+    try: model = train(config, tmp_path, device="cpu")
+    finally: module.fit = real
+    same = lambda a, b: all(torch.equal(starts[a][name], starts[b][name]) for name in starts[a])
+    assert same("E1_0", "base end") and same("E2_0", "E1_0 end") and same("E1_1", "base end") and same("E2_3", "E1_1 end") and same("expert1", "base end")
+    assert not same("E2_0", "E2_0 end")
+    for expert, name in zip(model.experts, ("E2_0 end", "expert1 end", "E2_3 end")):
+        assert all(torch.equal(value, starts[name][key]) for key, value in expert.state_dict().items())
+    assert not model.training and len(model.experts) == 3
+
+
+def test_a_killed_ensemble_resumes_to_the_same_bits(tmp_path):
+    config, seen = replace(TINY, experts=2), []
+    whole = train(config, tmp_path / "whole", device="cpu")
+    class Killed(Exception): pass
+    def kill(step, loss):
+        seen.append(step)
+        if len(seen) == 4: raise Killed
+    with pytest.raises(Killed): train(config, tmp_path / "cut", device="cpu", callback=kill)
+    again = train(config, tmp_path / "cut", device="cpu", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(ValueError, match="folder"): train(replace(config, seed=1), tmp_path / "cut", device="cpu", resume=True)
+
+
+def test_training_starts_from_another_model(tmp_path):
+    base = build(replace(TINY, seed=5))
+    ediffi.save_model(tmp_path / "base.safetensors", base)
+    started = ediffi._start(replace(TINY, start=str(tmp_path / "base.safetensors")))
+    assert all(torch.equal(a, b) for a, b in zip(started.state_dict().values(), base.experts[0].state_dict().values()))
+    ediffi.save_model(tmp_path / "three.safetensors", build(replace(TINY, experts=3)))
+    with pytest.raises(ValueError, match="start: expected a model of one expert"): ediffi._start(replace(TINY, start=str(tmp_path / "three.safetensors")))
+    with pytest.raises(CheckpointError): ediffi._start(replace(TINY, network=replace(TINY.network, width=64), start=str(tmp_path / "base.safetensors")))
+
+
+def test_loss_is_that_of_the_interval(encoders):
+    "A network that answers nothing: its loss is the mean square of the target, which is known."
+    config, interval = TINY, node(3, 7)
+    from diffusion_papers.topics.prompts import CaptionedScenes
+    batch = CaptionedScenes(config.world, 32, encoders).__getitems__(range(64))
+    expert = ediffi.build_expert(config)
+    expert.network = type("Silent", (torch.nn.Module,), {"forward": lambda self, x, label, prompt: torch.zeros_like(x)})()
+    seeded = lambda: Draws(torch.Generator().manual_seed(3))
+    loss = ediffi.ediffi_loss(expert, batch, seeded(), config, interval, encoders)
+    draws = seeded()
+    sigma = draw_levels(draws.uniform(batch["x0"]), interval, config.noise)[:, None, None, None].float()
+    low, high = interval.bounds(config.noise)
+    assert sigma.min() >= low and sigma.max() < high
+    noise = draws.normal(batch["x0"])
+    star = (sigma**2 + 0.25).sqrt()
+    target = (batch["x0"] - (0.5 / star) ** 2 * (batch["x0"] + sigma * noise)) / (sigma * 0.5 / star)
+    silent_drawn = target.square().flatten(1).mean(1)
+    assert torch.allclose(loss, silent_drawn, rtol=1e-3) or loss.mean().item() == pytest.approx(silent_drawn.mean().item(), rel=0.1)
+
+
+def test_grids_end_in_nothing():
+    grid = noise_grid(20)
+    assert len(grid) == 21 and grid[0] == 80 and grid[-2] == pytest.approx(0.002) and grid[-1] == 0 and (grid.diff() < 0).all()
+    assert noise_grid(1).tolist() == [80.0, 0.0]
+    with pytest.raises(ValueError, match="steps"): noise_grid(0)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(count=0), "count"), (dict(guidance=-1.0), "guidance"), (dict(steps=0), "steps"), (dict(solver="rk4"), "solver"), (dict(prompt=["a car"]), "prompt"),
+    (dict(seed=-1), "seed")])
+def test_wrong_requests_are_refused(options, words):
+    with pytest.raises(ValueError, match=words): sample(build(TINY), **(dict(count=2, prompt="a car", steps=1) | options))
+
+
+def test_calls_do_not_depend_on_the_number_of_experts():
+    counts = []
+    for count in (1, 2, 3, 5):
+        ensemble = Counted(Ensemble([gaussian_denoiser(torch.zeros(1), 0.5)] * count, ensemble_intervals(count), NOISE))
+        heun(ensemble, torch.ones(1, 1), noise_grid(25)); counts.append(ensemble.calls)
+    assert counts == [49] * 4
+
+
+# ---- painting
+
+def test_weight_of_a_brush():
+    logits, there = torch.zeros(2, 1, 2, 3), torch.ones(2, 3, dtype=torch.bool)
+    logits[0, 0, 1, 2], logits[1] = 5.0, -2.0
+    sigma = torch.tensor([1.0, 3.0])
+    assert paint_weight(logits, there, sigma, 0.5).flatten().tolist() == pytest.approx([0.5 * math.log(2) * 5, 0.0])  # never negative
+    hidden = there.clone(); hidden[0, 2] = False
+    assert paint_weight(logits, hidden, sigma, 0.5)[0].item() == 0.0  # a maximum over padding does not count
+    assert paint_weight(logits, there, sigma, 0.5, pooling="global").flatten().tolist() == pytest.approx([0.5 * math.log(2) * 5, 0.5 * math.log(4) * 5])
+    spread = torch.tensor([0, 0, 0, 0, 0, 5.0]).std(correction=0).item()
+    assert paint_weight(logits, there, sigma, 1.0, "std").flatten().tolist() == pytest.approx([math.log(2) * spread, 0.0], abs=1e-6)
+    visible = logits[0, 0, :, :2].std(correction=0)
+    assert paint_weight(logits, hidden, sigma, 1.0, "std")[0].item() == pytest.approx(visible.item())
+    for options, words in ((dict(amount=-1), "amount"), (dict(scale="mean"), "scale"), (dict(pooling="some"), "pooling")):
+        with pytest.raises(ValueError, match=words): paint_weight(logits, there, sigma, **(dict(amount=1.0) | options))
+
+
+def test_regions_are_reduced_by_means():
+    region = torch.zeros(1, 2, 16, 16); region[0, 1, :5, :5] = 1
+    small = at_map_size(region, (8, 8))
+    assert small.shape == (1, 1, 64, 2) and small[0, 0, :, 1].reshape(8, 8)[2, 2] == pytest.approx(0.25) and small[..., 1].mean() == region[0, 1].mean()
+    assert at_map_size(region, (3, 5)).shape == (1, 1, 15, 2)
+
+
+def test_phrases_are_painted_in_both_encoders(encoders):
+    text = "a red car, and a blue car"
+    prompt = encode_prompts(encoders, [text] * 2)
+    region = torch.zeros(64, 64); region[:, :32] = 1
+    places = token_places(prompt)
+    painted = painted_regions(prompt, text, [Stroke("car", region, occurrence=2), Stroke("red car", region, 0.5)], encoders, (32, 32))
+    assert painted.shape[0] == 2 and painted.shape[2:] == (32, 32)
+    words = painted[0, places["text"]].amax((1, 2)).tolist()
+    assert words == [0, 0.5, 0.5, 0, 0, 0, 1.0]
+    assert painted[0, places["clip"]].amax((1, 2)).gt(0).sum() == 3 and not painted[0, 0].any()
+    assert painted[0, places["text"]][6, :, :16].min() == 1 and painted[0, places["text"]][6, :, 16:].max() == 0
+    with pytest.raises(ValueError, match="bus"): painted_regions(prompt, text, [Stroke("bus", region)], encoders, (32, 32))
+    with pytest.raises(ValueError, match="proportions"): painted_regions(prompt, text, [Stroke("car", region[:32])], encoders, (32, 32))
+
+
+@pytest.mark.parametrize("options, words", [(dict(region=torch.full((4, 4), 1.5)), "region"), (dict(region=torch.full((4, 4), math.nan)), "region"), (dict(region=torch.zeros(4)), "region"),
+                                            (dict(region=[[1]]), "region"), (dict(strength=-1.0), "strength"), (dict(occurrence=0), "occurrence")])
+def test_wrong_strokes_are_refused(options, words):
+    with pytest.raises(ValueError, match=words): Stroke(**(dict(phrase="car", region=torch.zeros(4, 4)) | options))
+
+
+def test_nothing_painted_changes_nothing(encoders):
+    model = build(TINY)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.abs().max() < 1e-4: torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
+    text = "a red car"
+    prompt, half = encode_prompts(encoders, [text]), torch.zeros(32, 32)
+    half[:, :16] = 1
+    regions = painted_regions(prompt, text, [Stroke("car", half)], encoders, (32, 32))
+    of = lambda brush: sample(model, 1, prompt=text, steps=3, guidance=2.0, brush=brush)
+    plain = of(None)
+    assert torch.allclose(of(Brush(regions, 0.0)), plain, atol=1e-4) and torch.allclose(of(Brush(0 * regions, 1.0)), plain, atol=1e-4)
+    assert (of(Brush(regions, 1.0)) - plain).abs().max() > 1e-4
