@@ -10,9 +10,9 @@ cfg = settings["DEFAULT"]
 
 # Every NAME_requirements is an extra NAME; `all` is what a user may want, `dev` also builds and checks; `bench` is for timings
 # alone, `browser` for looking at the site,
-# `faces` for experiments on real videos, `text` for captions of one's own (90 MB of weights).
+# `faces` for experiments on real videos, `text` for captions of one's own (90 MB of weights), `datasets` for training on pictures and captions of one's own.
 extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items() if key.endswith("_requirements")}
-extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench", "docs", "browser", "faces", "text") for package in packages})
+extras["all"] = sorted({package for name, packages in extras.items() if name not in ("dev", "bench", "docs", "browser", "faces", "text", "datasets") for package in packages})
 extras["dev"] = extras["dev"] + extras["docs"] + extras["all"]
 
 setup(

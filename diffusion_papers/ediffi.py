@@ -7,10 +7,11 @@ __all__ = ['ABOUT', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'S
            'Interval', 'node', 'draw_levels', 'ensemble_intervals', 'check_partition', 'Branch', 'growth', 'Ensemble',
            'EdiffiConfig', 'build_expert', 'Ediffi', 'build', 'load_data', 'ediffi_loss', 'train', 'noise_grid',
            'sample', 'prompt_for', 'paint_weight', 'at_map_size', 'Brush', 'Stroke', 'painted_regions', 'asked_scenes',
-           'evaluate']
+           'evaluate', 'generate_data']
 
-# %% ../nbs/papers/04_ediffi.ipynb #8ae00fd2
+# %% ../nbs/papers/04_ediffi.ipynb #72279f62
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,15 +23,17 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .core.denoisers import Denoiser, denoising_loss
+from .core.generation import Generated, generate
+from .core.metrics import to_bytes
 from .core.processes import EDM
 from .core.samplers import SAMPLERS, karras_grid
-from .core.training import TrainingConfig, claim_folder, fit, step_seed
+from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
 from .topics.emoji_world import EmojiConfig, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, read_pictures
 from .topics.listening import guided_by_prompt, mixed_by_guidance
 from .topics.prompts import CaptionedScenes, Encoders, EncodersConfig, encode_prompts, encoders_of, training_prompt
 from .topics.text import phrase_tokens
 from .topics.text_unet import Prompt, TextUNetConfig, build_text_unet, token_places
-from .workbench.checkpoints import load_into, model_files, pretrained_path
+from .workbench.checkpoints import digest, load_into, model_files, pretrained_path
 from .workbench.checks import came, check_choice, check_fields, check_range, check_seed
 from .workbench.configs import Config
 from .workbench.registry import About
@@ -38,7 +41,7 @@ from .workbench.registry import About
 ABOUT = About(name="eDiff-I", arxiv="2211.01324", in_the_making=True,
               claim="experts for intervals of noise follow the text better than one model, at the same cost a sample")
 
-# %% ../nbs/papers/04_ediffi.ipynb #8aa8a4e8
+# %% ../nbs/papers/04_ediffi.ipynb #3a8b73e7
 @dataclass(frozen=True)
 class NoiseLevels(Config):
     "The lognormal distribution of noise levels in training."
@@ -100,7 +103,7 @@ def node(
     if not 0 <= index < 2**level: raise ValueError(f"index: level {level} has the nodes 0 to {2**level - 1}, got {index}")
     return Interval(index / 2**level, (index + 1) / 2**level)
 
-# %% ../nbs/papers/04_ediffi.ipynb #57521dcf
+# %% ../nbs/papers/04_ediffi.ipynb #ffe7e218
 def draw_levels(
     uniform: torch.Tensor,  # in [0, 1] (B,)
     interval: Interval,     # of quantiles
@@ -110,7 +113,7 @@ def draw_levels(
     share = uniform.double().clamp(1e-7, 1 - 1e-7)
     return noise.sigma(interval.first + interval.mass * share)
 
-# %% ../nbs/papers/04_ediffi.ipynb #4dfa3c67
+# %% ../nbs/papers/04_ediffi.ipynb #abcafa77
 def ensemble_intervals(
     count: int,       # of experts: 1, 2, 3 or 5
     low_level: int=3, # of the leftmost node, at least 2
@@ -134,7 +137,7 @@ def check_partition(
             raise ValueError(f"intervals: {what} between the quantiles {min(edge, interval.first)} and {max(edge, interval.first)}, before expert {number}")
     if edges[-1] != 1: raise ValueError(f"intervals: a gap between the quantiles {edges[-1]} and 1, after the last expert")
 
-# %% ../nbs/papers/04_ediffi.ipynb #577b300d
+# %% ../nbs/papers/04_ediffi.ipynb #6c6c6caa
 @dataclass(frozen=True)
 class Branch:
     "One training in the growth of an ensemble."
@@ -159,7 +162,7 @@ def growth(
             branches.append(Branch(f"expert{number}", interval, smallest(interval).name))
     return branches
 
-# %% ../nbs/papers/04_ediffi.ipynb #d9b4c20b
+# %% ../nbs/papers/04_ediffi.ipynb #1ba74899
 class Ensemble(nn.Module):
     "Several denoisers as one: each noise level is answered by its owner."
 
@@ -221,7 +224,7 @@ class Ensemble(nn.Module):
             found[mine] = self._expert(number)(x[mine], sigma[mine], **part)
         return found
 
-# %% ../nbs/papers/04_ediffi.ipynb #fdde9198
+# %% ../nbs/papers/04_ediffi.ipynb #b57e47ad
 @dataclass(frozen=True)
 class EdiffiConfig(Config):
     "A text-to-image model: its data, its encoders, its network, its experts, and how they are trained."
@@ -255,7 +258,7 @@ class EdiffiConfig(Config):
 
 CONFIGS = {"cpu": EdiffiConfig()}  # by name; larger ones join where they are needed
 
-# %% ../nbs/papers/04_ediffi.ipynb #dbf5e5c1
+# %% ../nbs/papers/04_ediffi.ipynb #08a97be1
 def build_expert(
     config: EdiffiConfig,  # for instance CONFIGS["cpu"]
 ) -> Denoiser:             # with initial weights, a function of config.seed
@@ -287,9 +290,9 @@ def build(
     return Ediffi(config).eval()
 
 
-save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_emoji")
+save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_gate")
 
-# %% ../nbs/papers/04_ediffi.ipynb #6c7df2f7
+# %% ../nbs/papers/04_ediffi.ipynb #e560fc42
 def load_data(
     config: EdiffiConfig,  # names the data
 ) -> Dataset:
@@ -310,7 +313,7 @@ def ediffi_loss(
     sigma = draw_levels(draws.uniform(x0), interval, config.noise)
     return denoising_loss(expert, x0, sigma, draws.normal(x0), prompt=training_prompt(batch, draws, config.encoders, encoders, config.network.image_width))
 
-# %% ../nbs/papers/04_ediffi.ipynb #e45080ef
+# %% ../nbs/papers/04_ediffi.ipynb #1f4d06a4
 def _branch_training(config, branch):
     "How a branch is trained: the base, an expert, or a node that is only passed through; each draws numbers of its own."
     last = any(interval == branch.interval for interval in config.intervals)
@@ -346,7 +349,7 @@ def train(
         for expert, interval in zip(model.experts, config.intervals): load_into(expert, trained[names[interval]], names[interval])
         return model
 
-# %% ../nbs/papers/04_ediffi.ipynb #4964b488
+# %% ../nbs/papers/04_ediffi.ipynb #6cf187d5
 SOLVERS = ("heun", "dpm_solver_pp", "euler")  # of `core.samplers`
 
 
@@ -366,7 +369,7 @@ def sample(
     model: Ediffi,                     # for instance load_pretrained()
     count: int=8,                      # pictures
     *,
-    prompt="",                         # what to paint: a text, a list of `count` texts, or a `Prompt`
+    prompt: str="",                    # what to paint: a text; from Python also a list of `count` texts, or a `Prompt`
     guidance: float=3.0,               # g, at least 0; 1 is plain conditional sampling
     steps: int=20,                     # of the solver
     solver: str="heun",                # one of SOLVERS
@@ -376,11 +379,12 @@ def sample(
     callback: Callable | None=None,    # called with (step, x, x_0 estimate)
 ) -> torch.Tensor:                     # pictures (count, 3, H, W), about [-1, 1]
     "Paint what a text says."
-    check_range(count, "count", 1); check_seed(seed); check_choice(solver, "solver", SOLVERS)
+    check_range(count, "count", 1); check_range(guidance, "guidance", 0.0); check_seed(seed); check_choice(solver, "solver", SOLVERS)
+    sigmas = noise_grid(steps)
     told = prompt_for(model, prompt, count, style)
     denoise = guided_by_prompt(model, told.to(model.device), guidance, brush)
     x = 80.0 * torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed))
-    return SAMPLERS[solver](denoise, x.to(model.device), noise_grid(steps), callback=callback)
+    return SAMPLERS[solver](denoise, x.to(model.device), sigmas, callback=callback)
 
 
 def prompt_for(
@@ -397,7 +401,7 @@ def prompt_for(
     if len(captions) != count: raise ValueError(f"prompt: expected one text, or {count}, one a picture, got {len(captions)}")
     return encode_prompts(encoders_of(model.config.encoders), captions, style)
 
-# %% ../nbs/papers/04_ediffi.ipynb #2144b842
+# %% ../nbs/papers/04_ediffi.ipynb #b3e6cb4e
 STRENGTHS = ("max", "std")  # what a push is measured by: the largest logit, or their standard deviation
 POOLINGS = ("sample", "global")
 
@@ -429,7 +433,7 @@ def at_map_size(
     "Painted regions at the size of a feature map."
     return F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)[:, None]
 
-# %% ../nbs/papers/04_ediffi.ipynb #d63358f8
+# %% ../nbs/papers/04_ediffi.ipynb #64a4b135
 class Brush:
     "The look (see `CrossAttention`) that paints: it pushes tokens in their regions."
 
@@ -453,7 +457,7 @@ class Brush:
             return logits + weight * at_map_size(self.regions.to(logits), shape)
         return look
 
-# %% ../nbs/papers/04_ediffi.ipynb #bf5cf756
+# %% ../nbs/papers/04_ediffi.ipynb #40bf9075
 @dataclass(frozen=True, eq=False)
 class Stroke:
     "A phrase of the prompt, and where it should be."
@@ -495,7 +499,7 @@ def painted_regions(
                 regions[places[name].start + token] = torch.maximum(regions[places[name].start + token], region)
     return regions.expand(len(prompt), *regions.shape)
 
-# %% ../nbs/papers/04_ediffi.ipynb #b521d428
+# %% ../nbs/papers/04_ediffi.ipynb #93629a3b
 def asked_scenes(
     config: EdiffiConfig,  # whose world it is
     count: int,            # scenes
@@ -516,15 +520,54 @@ def evaluate(
     batch: int=100,           # pictures at once
 ) -> list[dict]:              # one row: shares of right answers by the judge, and its shares on true scenes
     "Paint captions and let the judge read the pictures."
-    config, count = model.config, check_range(count or model.config.evaluated, "count", 1)
+    config, count = model.config, check_range(model.config.evaluated if count is None else count, "count", 1)
+    check_range(guidance, "guidance", 0.0); check_seed(seed); check_range(batch, "batch", 1); noise_grid(steps)
     scenes, judge = asked_scenes(config, count, pairs), load_judge()
     captions = [caption(scenes, number) for number in range(count)]
     painted = [sample(model, len(part), prompt=part, guidance=guidance, steps=steps, seed=step_seed(seed, start) % 2**31).cpu()
-               for start in range(0, count, check_range(batch, "batch", 1)) for part in [captions[start:start + batch]]]
+               for start in range(0, count, batch) for part in [captions[start:start + batch]]]
     shares = lambda images: {name: value.nanmean().item() for name, value in alignment(read_pictures(judge, images), scenes).items()}
     row = {"pictures": count, "guidance": guidance, "calls": 2 * steps - 1, **shares(torch.cat(painted))}
     return [row | {f"{name}, true scenes": share for name, share in shares(draw_emoji(scenes, config.shape[-1])[0]).items()}]
 
-# %% ../nbs/papers/04_ediffi.ipynb #e440f9bf
+# %% ../nbs/papers/04_ediffi.ipynb #b758b176
+def _prompts_of(config, prompts, count, pairs):
+    "The captions that are painted: of a file, or of scenes."
+    if not prompts:
+        scenes = asked_scenes(config, count or config.evaluated, pairs)
+        return [caption(scenes, number) for number in range(len(scenes))]
+    lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines: raise ValueError(f"prompts: expected one caption a line, {Path(prompts).name} has none")
+    if count > len(lines): raise ValueError(f"count: expected at most the {len(lines)} captions of {Path(prompts).name}, got {count}")
+    return lines[:count or len(lines)]
+
+
+def generate_data(
+    model: Ediffi,           # trained
+    folder: Path | str,      # where the pictures go
+    *,
+    prompts: str="",         # a text file with one caption a line; "" are captions of the model's world
+    count: int=0,            # pictures; 0 is as many as there are captions, or `config.evaluated`
+    guidance: float=3.0,     # g, at least 0
+    steps: int=20,           # of the solver
+    solver: str="heun",      # one of SOLVERS
+    pairs: str="seen",       # see `asked_scenes`
+    seed: int=0,             # of the noise
+    size: int=100,           # pictures at once
+    device: str | None=None, # "cpu", "cuda", or None for the best there is
+) -> Generated:              # pictures (3, H, W), uint8
+    "Paint many captions, in pieces that several processes share; what is there is kept."
+    check_range(count, "count", 0); check_range(guidance, "guidance", 0.0); check_seed(seed); check_choice(solver, "solver", SOLVERS); noise_grid(steps)
+    captions = _prompts_of(model.config, prompts, count, pairs)
+    model.to(processes(device).device)
+    def draw(piece):
+        pictures = sample(model, len(piece), prompt=captions[piece.start:piece.stop], guidance=guidance, steps=steps, solver=solver,
+                          seed=step_seed(seed, piece.start) % 2**31)
+        return {"images": to_bytes(pictures.clamp(-1, 1))}
+    about = {"model": digest(model.state_dict(), {}), "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16], "guidance": guidance,
+             "steps": steps, "solver": solver, "seed": seed}
+    return generate(draw, len(captions), folder, size=size, about=about, device=device)
+
+# %% ../nbs/papers/04_ediffi.ipynb #e1b31441
 CONFIGS["gate"] = replace(CONFIGS["cpu"], world=EmojiConfig(nouns="forty", most=1, backgrounds="plain", contents=6000),
                           training=replace(CONFIGS["cpu"].training, steps=5000))

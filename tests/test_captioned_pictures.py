@@ -362,7 +362,7 @@ def test_a_picture_of_a_row_that_cannot_be_read_is_named():
 
 def test_without_the_library_a_folder_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"datasets is needed here .* pip install 'diffusion_papers\[text\]'"): CaptionedDataset(tmp_path, 8)
+    with pytest.raises(ImportError, match=r"datasets is needed here .* pip install 'diffusion_papers\[datasets\]'"): CaptionedDataset(tmp_path, 8)
 
 
 @library

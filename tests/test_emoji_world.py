@@ -237,9 +237,10 @@ def test_judged_scenes_have_both_vendors():
 def test_judges_loss_is_the_weighted_cross_entropy():
     class Silent(torch.nn.Module):
         def forward(self, images): return {"noun": torch.zeros(len(images), 559, CELLS, CELLS), "colour": torch.zeros(len(images), 7, CELLS, CELLS)}
-    batch = JudgedEmoji(EmojiConfig(seed=1)).__getitems__(np.arange(4))
+    batch = JudgedEmoji(EmojiConfig(seed=1)).__getitems__(np.arange(40))
     loss = judge_loss(Silent(), batch, Draws(torch.Generator().manual_seed(0)))
     coloured = (batch["colour"] >= 0).flatten(1).any(1)
+    assert 0 < coloured.sum() < 40
     expected = math.log(559) + 0.5 * math.log(7) * coloured.double()
     assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 

@@ -23,12 +23,13 @@ from diffusion_papers.evidence import genie as genie_evidence
 from diffusion_papers.workbench import page, scale, timing
 from diffusion_papers.workbench.checks import check_fields, check_seed
 from diffusion_papers.workbench.configs import Config
-from diffusion_papers.workbench.registry import COMMANDS, Demonstration, Hook, UnfinishedPaper, evidence, paper, papers
+from diffusion_papers.workbench.registry import COMMANDS, Demonstration, Hook, UnfinishedPaper, evidence, in_the_making, paper, papers
 
 PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},
          "dpdm": {"perceptron.width": 8, "public": True}, "ddo": {"network.width": 4, "network.modes": 2},
-         "ldeq": {"data": "noise", "size": 32, "depth": 2, "width": 4, "increment": 4, "features": 4, "pool": 8}}
+         "ldeq": {"data": "noise", "size": 32, "depth": 2, "width": 4, "increment": 4, "features": 4, "pool": 8},
+         "ediffi": {"network.width": 32, "network.head_width": 16, "network.multipliers": (1,), "network.blocks": (1,), "network.attention": (16,)}}
 HUGE = "1" + 20 * "0"
 WRONG = {  # kind of an option -> values that none of that kind can have
     int: ("text", "-1", HUGE, "nan", "inf", "0.5", "", "(1, 2.5)", "{}"), float: ("text", "nan", "-inf", "1e999", "", "(1,)", "true"),
@@ -395,6 +396,7 @@ def test_a_scale_goes_on_too(monkeypatch, tmp_path, capsys):
 
 def test_every_benchmark_is_a_dictionary_of_parts(monkeypatch):
     for slug in PAPERS:
+        if in_the_making(paper(slug)): continue
         module = paper(slug) if hasattr(paper(slug), "benchmark") else evidence(slug)
         assert inspect.signature(module.benchmark).return_annotation.__origin__ is dict
     monkeypatch.setattr(evidence("dfno"), "paired", lambda ours, peer, **_: {"seconds": 1.0})

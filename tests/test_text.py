@@ -21,8 +21,8 @@ from diffusion_papers.core.training import Draws
 from diffusion_papers.topics import text
 from diffusion_papers.topics.emoji_world import EmojiConfig, caption, draw_emoji, emoji_scenes, nouns, plural
 from diffusion_papers.topics.text import (
-    CLIP_MEANS, CLIP_STDS, SHIPPED_CAPTIONS, BagOfWords, BagTower, Cached, CaptionBank, CaptionedEmoji, ClipImage, ClipText, FixedStates, FlatStates,
-    MiniLM, T5Encoder, TextEncoder, TextStates, clip_pixels, contrast, contrast_loss, load_tower, make_tower, phrase_tokens, shipped_states,
+    CLIP_MEANS, CLIP_STDS, BagOfWords, BagTower, Cached, CaptionBank, CaptionedEmoji, ClipImage, ClipText, FixedStates, FlatStates,
+    MiniLM, T5Encoder, TextEncoder, TextStates, clip_pixels, contrast, contrast_loss, load_tower, make_tower, phrase_tokens, shipped_captions, shipped_states,
     stack_states, tower_accuracy, train_tower, unknown_words, vocabulary, word_ids, words_of, write_states)
 from diffusion_papers.workbench.checkpoints import CheckpointError, data_folder, save_checkpoint
 
@@ -156,7 +156,7 @@ def test_half_of_a_batch_is_drawn_by_each_vendor():
 def test_the_tower_that_ships_is_as_good_as_its_file_says(tower):
     about = json.loads((data_folder() / "checkpoints" / "emoji_tower.json").read_text())
     [stored] = about["metrics"].values()
-    assert tower_accuracy(tower) == pytest.approx(stored, abs=0.01) and stored > 0.4 and not any(value.requires_grad for value in tower.parameters())
+    assert tower_accuracy(tower) == pytest.approx(stored, abs=0.01) and stored > 0.35 and not any(value.requires_grad for value in tower.parameters())
     noise = BagTower().eval()
     assert tower_accuracy(noise, 128) < 0.1
     with pytest.raises(ValueError, match="count"): tower_accuracy(tower, 1)
@@ -378,9 +378,9 @@ def test_minilm_gives_the_states_that_ship(no_network):
     import transformers
     encoder, shipped = MiniLM(), shipped_states()
     assert (encoder.name, encoder.width, encoder.longest, encoder.pooling) == ("all-MiniLM-L6-v2", 384, 24, "mean") == (shipped.name, shipped.width, shipped.longest, shipped.pooling)
-    mine, theirs = encoder.encode(list(SHIPPED_CAPTIONS)), shipped.encode(list(SHIPPED_CAPTIONS))
-    assert torch.equal(mine.there, theirs.there) and torch.allclose(mine.tokens, theirs.tokens, atol=5e-3) and shipped.captions == SHIPPED_CAPTIONS
-    assert all(encoder.spans(caption) == shipped.spans(caption) for caption in SHIPPED_CAPTIONS)
+    mine, theirs = encoder.encode(list(shipped_captions())), shipped.encode(list(shipped_captions()))
+    assert torch.equal(mine.there, theirs.there) and torch.allclose(mine.tokens, theirs.tokens, atol=5e-3) and shipped.captions == shipped_captions()
+    assert all(encoder.spans(caption) == shipped.spans(caption) for caption in shipped_captions())
     asked = encoder.tokenizer(SWAPPED[0], return_tensors="pt")
     model = transformers.AutoModel.from_pretrained(encoder.folder).eval()
     with torch.no_grad(): assert torch.allclose(model(**asked).last_hidden_state[0], encoder.encode([SWAPPED[0]]).tokens[0], atol=1e-5)
@@ -392,7 +392,7 @@ def test_what_ships_has_states_that_know_who_is_red():
     shipped = shipped_states()
     first, second = shipped.encode(SWAPPED).tokens
     assert (first - second).norm(dim=1).min() > 0.3 and shipped.encode([""]).there.sum() == 2 and shipped.spans("") == [(0, 0), (0, 0)]
-    assert (data_folder() / "samples" / "emoji_states.safetensors").stat().st_size < 2_000_000
+    assert (data_folder() / "samples" / "emoji_states.safetensors").stat().st_size < 3_000_000
 
 
 # states in files

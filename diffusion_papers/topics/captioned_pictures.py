@@ -231,14 +231,14 @@ def _opened(dataset, picture):
     "A data set of Hugging Face, its pictures left as they lie in files (`ValueError`, `TypeError`, `FileNotFoundError`)."
     if isinstance(dataset, (str, Path)):
         if not Path(dataset).is_dir(): raise FileNotFoundError(f"dataset: {dataset} is not a folder")
-        library = require("datasets", "text")
+        library = require("datasets", "datasets")
         try: dataset = library.load_from_disk(str(dataset))
         except Exception as error:  # the library raises several kinds
             raise ValueError(f"dataset: {dataset} cannot be read as a data set that was saved with save_to_disk ({error})") from error
     if isinstance(dataset, dict): raise ValueError(f"dataset: expected one data set, got splits: {some_of(dataset)}; choose one of them")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")): raise TypeError(f"dataset: expected a path or a data set with len() and [], got {came(dataset)}")
     columns = getattr(dataset, "column_names", ())
-    if hasattr(dataset, "cast_column") and picture in columns: dataset = dataset.cast_column(picture, require("datasets", "text").Image(decode=False))
+    if hasattr(dataset, "cast_column") and picture in columns: dataset = dataset.cast_column(picture, require("datasets", "datasets").Image(decode=False))
     return dataset
 
 

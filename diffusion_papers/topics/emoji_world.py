@@ -621,24 +621,27 @@ def _holds(relation, first, second):
     return sign * (second[axis] - first[axis]) > 0
 
 
+def _answers(seen, scenes, index):
+    "The questions that one scene asks, with the share of right answers."
+    count, same, relation = scenes.count[index].item(), bool(scenes.same[index]), scenes.relation[index].item()
+    things = list(zip(scenes.noun[index].tolist(), scenes.colour[index].tolist()))[:1 if same else count]
+    where = [seen.cells(index, noun) for noun, _ in things]
+    found = [bool(cells.sum() >= LEAST) for cells in where]
+    answers = {"noun": sum(found) / len(found)}
+    told = [bool(seen.colour[index][cells].mode()[0] == colour) for cells, (_, colour), there in zip(where, things, found) if there and colour >= 0]
+    if told: answers["colour"] = sum(told) / len(told)
+    if not all(found): return answers
+    answers["count"] = float(all(groups(cells) == (count if same else 1) for cells in where))
+    return answers | ({"relation": float(_holds(relation, *map(mean_place, where)))} if relation >= 0 else {})
+
+
 def alignment(
     seen: Reading,   # of N pictures
     scenes: Scenes,  # what they should show
 ) -> dict[str, torch.Tensor]: # question -> share of right answers in each scene, NaN where it is not asked (N,)
     "How far pictures show what their captions say."
-    answers = {name: torch.full((len(scenes),), math.nan) for name in QUESTIONS}
-    for index in range(len(scenes)):
-        count, same = scenes.count[index].item(), bool(scenes.same[index])
-        things = list(zip(scenes.noun[index].tolist(), scenes.colour[index].tolist()))[:1 if same else count]
-        where = [seen.cells(index, noun) for noun, _ in things]
-        found = [bool(cells.sum() >= LEAST) for cells in where]
-        answers["noun"][index] = sum(found) / len(found)
-        told = [(cells, colour) for cells, (_, colour), there in zip(where, things, found) if there and colour >= 0]
-        if told: answers["colour"][index] = sum(bool(seen.colour[index][cells].mode()[0] == colour) for cells, colour in told) / len(told)
-        if all(found): answers["count"][index] = float(all(groups(cells) == (count if same else 1) for cells in where))
-        if all(found) and scenes.relation[index] >= 0:
-            answers["relation"][index] = float(_holds(scenes.relation[index].item(), *map(mean_place, where)))
-    return answers
+    answers = [_answers(seen, scenes, index) for index in range(len(scenes))]
+    return {name: torch.tensor([answer.get(name, math.nan) for answer in answers]) for name in QUESTIONS}
 
 
 def judge_accuracy(
