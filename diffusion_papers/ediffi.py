@@ -9,7 +9,7 @@ __all__ = ['ABOUT', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'S
            'sample', 'prompt_for', 'paint_weight', 'at_map_size', 'Brush', 'Stroke', 'painted_regions', 'asked_scenes',
            'evaluate', 'generate_data']
 
-# %% ../nbs/papers/04_ediffi.ipynb #72279f62
+# %% ../nbs/papers/04_ediffi.ipynb #25a73a64
 import functools
 import hashlib
 import math
@@ -41,7 +41,7 @@ from .workbench.registry import About
 ABOUT = About(name="eDiff-I", arxiv="2211.01324", in_the_making=True,
               claim="experts for intervals of noise follow the text better than one model, at the same cost a sample")
 
-# %% ../nbs/papers/04_ediffi.ipynb #3a8b73e7
+# %% ../nbs/papers/04_ediffi.ipynb #fa518e0f
 @dataclass(frozen=True)
 class NoiseLevels(Config):
     "The lognormal distribution of noise levels in training."
@@ -103,7 +103,7 @@ def node(
     if not 0 <= index < 2**level: raise ValueError(f"index: level {level} has the nodes 0 to {2**level - 1}, got {index}")
     return Interval(index / 2**level, (index + 1) / 2**level)
 
-# %% ../nbs/papers/04_ediffi.ipynb #ffe7e218
+# %% ../nbs/papers/04_ediffi.ipynb #09e06e69
 def draw_levels(
     uniform: torch.Tensor,  # in [0, 1] (B,)
     interval: Interval,     # of quantiles
@@ -113,7 +113,7 @@ def draw_levels(
     share = uniform.double().clamp(1e-7, 1 - 1e-7)
     return noise.sigma(interval.first + interval.mass * share)
 
-# %% ../nbs/papers/04_ediffi.ipynb #abcafa77
+# %% ../nbs/papers/04_ediffi.ipynb #65f4abbd
 def ensemble_intervals(
     count: int,       # of experts: 1, 2, 3 or 5
     low_level: int=3, # of the leftmost node, at least 2
@@ -137,7 +137,7 @@ def check_partition(
             raise ValueError(f"intervals: {what} between the quantiles {min(edge, interval.first)} and {max(edge, interval.first)}, before expert {number}")
     if edges[-1] != 1: raise ValueError(f"intervals: a gap between the quantiles {edges[-1]} and 1, after the last expert")
 
-# %% ../nbs/papers/04_ediffi.ipynb #6c6c6caa
+# %% ../nbs/papers/04_ediffi.ipynb #66cde74c
 @dataclass(frozen=True)
 class Branch:
     "One training in the growth of an ensemble."
@@ -162,7 +162,7 @@ def growth(
             branches.append(Branch(f"expert{number}", interval, smallest(interval).name))
     return branches
 
-# %% ../nbs/papers/04_ediffi.ipynb #1ba74899
+# %% ../nbs/papers/04_ediffi.ipynb #96d51441
 class Ensemble(nn.Module):
     "Several denoisers as one: each noise level is answered by its owner."
 
@@ -224,7 +224,7 @@ class Ensemble(nn.Module):
             found[mine] = self._expert(number)(x[mine], sigma[mine], **part)
         return found
 
-# %% ../nbs/papers/04_ediffi.ipynb #b57e47ad
+# %% ../nbs/papers/04_ediffi.ipynb #f3a92073
 @dataclass(frozen=True)
 class EdiffiConfig(Config):
     "A text-to-image model: its data, its encoders, its network, its experts, and how they are trained."
@@ -258,7 +258,7 @@ class EdiffiConfig(Config):
 
 CONFIGS = {"cpu": EdiffiConfig()}  # by name; larger ones join where they are needed
 
-# %% ../nbs/papers/04_ediffi.ipynb #08a97be1
+# %% ../nbs/papers/04_ediffi.ipynb #56d0ee5b
 def build_expert(
     config: EdiffiConfig,  # for instance CONFIGS["cpu"]
 ) -> Denoiser:             # with initial weights, a function of config.seed
@@ -292,7 +292,7 @@ def build(
 
 save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_gate")
 
-# %% ../nbs/papers/04_ediffi.ipynb #e560fc42
+# %% ../nbs/papers/04_ediffi.ipynb #4b312aaa
 def load_data(
     config: EdiffiConfig,  # names the data
 ) -> Dataset:
@@ -313,7 +313,7 @@ def ediffi_loss(
     sigma = draw_levels(draws.uniform(x0), interval, config.noise)
     return denoising_loss(expert, x0, sigma, draws.normal(x0), prompt=training_prompt(batch, draws, config.encoders, encoders, config.network.image_width))
 
-# %% ../nbs/papers/04_ediffi.ipynb #1f4d06a4
+# %% ../nbs/papers/04_ediffi.ipynb #317875a8
 def _branch_training(config, branch):
     "How a branch is trained: the base, an expert, or a node that is only passed through; each draws numbers of its own."
     last = any(interval == branch.interval for interval in config.intervals)
@@ -349,7 +349,7 @@ def train(
         for expert, interval in zip(model.experts, config.intervals): load_into(expert, trained[names[interval]], names[interval])
         return model
 
-# %% ../nbs/papers/04_ediffi.ipynb #6cf187d5
+# %% ../nbs/papers/04_ediffi.ipynb #5598b552
 SOLVERS = ("heun", "dpm_solver_pp", "euler")  # of `core.samplers`
 
 
@@ -401,7 +401,7 @@ def prompt_for(
     if len(captions) != count: raise ValueError(f"prompt: expected one text, or {count}, one a picture, got {len(captions)}")
     return encode_prompts(encoders_of(model.config.encoders), captions, style)
 
-# %% ../nbs/papers/04_ediffi.ipynb #b3e6cb4e
+# %% ../nbs/papers/04_ediffi.ipynb #b30fd7af
 STRENGTHS = ("max", "std")  # what a push is measured by: the largest logit, or their standard deviation
 POOLINGS = ("sample", "global")
 
@@ -433,7 +433,7 @@ def at_map_size(
     "Painted regions at the size of a feature map."
     return F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)[:, None]
 
-# %% ../nbs/papers/04_ediffi.ipynb #64a4b135
+# %% ../nbs/papers/04_ediffi.ipynb #c410705e
 class Brush:
     "The look (see `CrossAttention`) that paints: it pushes tokens in their regions."
 
@@ -457,7 +457,7 @@ class Brush:
             return logits + weight * at_map_size(self.regions.to(logits), shape)
         return look
 
-# %% ../nbs/papers/04_ediffi.ipynb #40bf9075
+# %% ../nbs/papers/04_ediffi.ipynb #174c121f
 @dataclass(frozen=True, eq=False)
 class Stroke:
     "A phrase of the prompt, and where it should be."
@@ -499,7 +499,7 @@ def painted_regions(
                 regions[places[name].start + token] = torch.maximum(regions[places[name].start + token], region)
     return regions.expand(len(prompt), *regions.shape)
 
-# %% ../nbs/papers/04_ediffi.ipynb #93629a3b
+# %% ../nbs/papers/04_ediffi.ipynb #01e04e68
 def asked_scenes(
     config: EdiffiConfig,  # whose world it is
     count: int,            # scenes
@@ -518,7 +518,7 @@ def evaluate(
     pairs: str="seen",        # see `asked_scenes`
     seed: int=0,              # of the noise
     batch: int=100,           # pictures at once
-) -> list[dict]:              # one row: shares of right answers by the judge, and its shares on true scenes
+) -> list[dict]:              # one row: shares of right answers by the judge to what the captions ask, and its shares on true scenes
     "Paint captions and let the judge read the pictures."
     config, count = model.config, check_range(model.config.evaluated if count is None else count, "count", 1)
     check_range(guidance, "guidance", 0.0); check_seed(seed); check_range(batch, "batch", 1); noise_grid(steps)
@@ -526,11 +526,12 @@ def evaluate(
     captions = [caption(scenes, number) for number in range(count)]
     painted = [sample(model, len(part), prompt=part, guidance=guidance, steps=steps, seed=step_seed(seed, start) % 2**31).cpu()
                for start in range(0, count, batch) for part in [captions[start:start + batch]]]
-    shares = lambda images: {name: value.nanmean().item() for name, value in alignment(read_pictures(judge, images), scenes).items()}
+    asked = lambda answers: {name: value.nanmean().item() for name, value in answers.items() if not value.isnan().all()}
+    shares = lambda images: asked(alignment(read_pictures(judge, images), scenes))
     row = {"pictures": count, "guidance": guidance, "calls": 2 * steps - 1, **shares(torch.cat(painted))}
     return [row | {f"{name}, true scenes": share for name, share in shares(draw_emoji(scenes, config.shape[-1])[0]).items()}]
 
-# %% ../nbs/papers/04_ediffi.ipynb #b758b176
+# %% ../nbs/papers/04_ediffi.ipynb #9a40e2a1
 def _prompts_of(config, prompts, count, pairs):
     "The captions that are painted: of a file, or of scenes."
     if not prompts:
@@ -568,6 +569,6 @@ def generate_data(
              "steps": steps, "solver": solver, "seed": seed}
     return generate(draw, len(captions), folder, size=size, about=about, device=device)
 
-# %% ../nbs/papers/04_ediffi.ipynb #e1b31441
+# %% ../nbs/papers/04_ediffi.ipynb #71817f48
 CONFIGS["gate"] = replace(CONFIGS["cpu"], world=EmojiConfig(nouns="forty", most=1, backgrounds="plain", contents=6000),
                           training=replace(CONFIGS["cpu"].training, steps=5000))

@@ -11,7 +11,7 @@ __all__ = ['VENDORS', 'GROUPS', 'COLOURS', 'PLAIN', 'TEXTURES', 'BACKGROUNDS', '
            'Judge', 'JudgedEmoji', 'judge_loss', 'train_judge', 'load_judge', 'Reading', 'read_pictures', 'groups',
            'mean_place', 'alignment', 'judge_accuracy', 'make_judge']
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #fc2d92cf
+# %% ../../nbs/topics/18_emoji_world.ipynb #6e0b970f
 import functools
 import math
 import time
@@ -32,7 +32,7 @@ from ..workbench.configs import Config
 from ..workbench.files import read_json
 from ..workbench.results import machine, write_json
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #ba0a7c55
+# %% ../../nbs/topics/18_emoji_world.ipynb #d60b10aa
 VENDORS = {"fluent": 64, "noto": 48}  # who drew the pictures -> their side in pixels
 GROUPS = ("animals and nature", "food", "travel", "objects")
 
@@ -55,7 +55,7 @@ def noun_number(
     "The number of a thing (`ValueError` for one that is not there)."
     return nouns().index(check_choice(name, "name", nouns()))
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #fa129f47
+# %% ../../nbs/topics/18_emoji_world.ipynb #096d5240
 @functools.cache
 def sprites(
     vendor: str="fluent",  # one of VENDORS
@@ -68,7 +68,7 @@ def sprites(
     cells = cells.reshape(-1, 4, size, size)[:len(table["nouns"])]
     return torch.cat([cells[:, :3] * cells[:, 3:], cells[:, 3:]], dim=1)
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #0fde9b6f
+# %% ../../nbs/topics/18_emoji_world.ipynb #c746e871
 COLOURS = {"red": 0, "orange": 28, "yellow": 50, "green": 120, "blue": 215, "purple": 272, "pink": 325}  # hues in degrees
 
 
@@ -102,7 +102,7 @@ def main_hue(
     chroma, angle = thing[:3].amax(0) - thing[:3].amin(0), torch.deg2rad(hues(thing[:3]))
     return torch.rad2deg(torch.atan2((chroma * angle.sin()).sum(), (chroma * angle.cos()).sum())) % 360
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #89eda79a
+# %% ../../nbs/topics/18_emoji_world.ipynb #dafedf57
 @functools.cache
 def palette(
     vendor: str="fluent",  # one of VENDORS
@@ -131,7 +131,7 @@ def palette_rows(
     row = recoloured_rows()[noun]
     return torch.where((colour >= 0) & (row >= 0), len(nouns()) + row * len(COLOURS) + colour, noun)
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #b5551d6c
+# %% ../../nbs/topics/18_emoji_world.ipynb #3ae88b07
 PLAIN = {"white": (0.96, 0.96, 0.96), "grey": (0.62, 0.62, 0.64), "black": (0.10, 0.10, 0.12), "cream": (0.98, 0.92, 0.78),
          "mint": (0.70, 0.92, 0.80), "lilac": (0.82, 0.76, 0.94)}
 TEXTURES = {"grass": ("grass", (0.55, 0.85, 0.35)), "bricks": ("brick", (0.95, 0.55, 0.42)),
@@ -162,7 +162,7 @@ def thing_colours() -> torch.Tensor:  # (558 + 60 * 7, 3) in [0, 1]
     "The mean colour of each picture of the palette, over what is opaque."
     return palette()[:, :3].sum((2, 3)) / palette()[:, 3].sum((1, 2)).clamp(min=1)[:, None]
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #937e46b5
+# %% ../../nbs/topics/18_emoji_world.ipynb #416cd142
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = ("one", "two", "three")
 MOST = 3  # things in a scene
@@ -204,7 +204,7 @@ def held_out_pairs() -> torch.Tensor:  # bool (558, 7)
     for noun, colour in emoji_table()["held_out_pairs"]: held[noun_number(noun), list(COLOURS).index(colour)] = True
     return held
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #b531d9e1
+# %% ../../nbs/topics/18_emoji_world.ipynb #f5e72581
 @dataclass
 class Scenes:
     "All that is known of N scenes before any pixel is drawn; fields of things are (N, MOST)."
@@ -228,7 +228,7 @@ class Scenes:
         "Some of the scenes."
         return Scenes(**{name: value[rows] for name, value in vars(self).items()})
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #3223492b
+# %% ../../nbs/topics/18_emoji_world.ipynb #cd6577a2
 def _choose(values, options):
     "Uniform numbers as whole numbers below `options`."
     return (values * options).long()
@@ -259,7 +259,7 @@ def _colours(numbers, noun, same, config):
     colour = torch.where((recoloured_rows()[noun] >= 0) & (share < 1), colour.clamp(max=len(COLOURS) - 1), -1)
     return torch.where(same[:, None], colour[:, :1], colour)
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #2d5fa9b4
+# %% ../../nbs/topics/18_emoji_world.ipynb #72ad4bd7
 def _backgrounds(numbers, count, noun, colour, config):
     "Of two candidates, the background that differs more from the things."
     candidates = _choose(numbers, len(PLAIN) if config.backgrounds == "plain" else len(BACKGROUNDS))
@@ -269,7 +269,7 @@ def _backgrounds(numbers, count, noun, colour, config):
     best = torch.where(there, gap, math.inf).amin(-1).argmax(1, keepdim=True)
     return candidates.gather(1, best)[:, 0]
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #4f994e3a
+# %% ../../nbs/topics/18_emoji_world.ipynb #ff55f940
 def _places(numbers, count, direction, size):
     "Centres of the things (N, MOST, 2)."
     half, loose = size[..., None] / 2, numbers[:, :2 * MOST].reshape(-1, MOST, 2)
@@ -286,7 +286,7 @@ def _places(numbers, count, direction, size):
     place = torch.where(number == 1, anywhere, torch.where(number == 2, pair, corners))
     return torch.maximum(torch.minimum(place, 1 - half), half)
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #941b5eb6
+# %% ../../nbs/topics/18_emoji_world.ipynb #0003b90e
 def emoji_scenes(
     indices,                           # scene numbers (N,)
     config: EmojiConfig=EmojiConfig(), # which scenes there are
@@ -307,7 +307,7 @@ def emoji_scenes(
     return Scenes(count, noun, colour, torch.where(told, direction, -1), same, background, what[:, 2] < 0.75,
                   size.float(), place.float(), where[:, 6:8].float())
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #4a42e24a
+# %% ../../nbs/topics/18_emoji_world.ipynb #c95e6b20
 def _tents(place, width):
     "The sum of tents at all whole numbers, seen from a place: about the width, but for a ripple."
     found = torch.zeros_like(place)
@@ -330,7 +330,7 @@ def resizing_weights(
     tents = F.relu(1 - (place[..., None] - torch.arange(source)).abs() / width[..., None])
     return tents / _tents(place, width)[..., None]  # as if the picture went on, transparent: its border fades
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #f95b3686
+# %% ../../nbs/topics/18_emoji_world.ipynb #1e1b3198
 def _ground(scenes, size):
     "Backgrounds (N, 3, size, size) in [0, 1]."
     picture = background_colours()[scenes.background][:, :, None, None].repeat(1, 1, size, size)
@@ -373,7 +373,7 @@ def draw_emoji(
     pictures, masks = (torch.cat(part) for part in zip(*parts))
     return pictures * 2 - 1, masks
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #a058bfa3
+# %% ../../nbs/topics/18_emoji_world.ipynb #03639451
 _PLURALS = {"mouse": "mice", "computer mouse": "computer mice", "wolf": "wolves", "cactus": "cacti", "ox": "oxen", "goose": "geese",
             "bowl of rice": "bowls of rice", "bowl of noodles": "bowls of noodles", "cup of coffee": "cups of coffee",
             "glass of whisky": "glasses of whisky", "sheaf of rice": "sheaves of rice", "nest with eggs": "nests with eggs",
@@ -434,7 +434,7 @@ def caption(
         words = between.join(each[-2:]) if count < 3 else f"{each[0]}, {' and '.join(each[1:])}"
     return f"{words} {ground_phrase(scenes.background[index].item())}" if scenes.said[index] else words
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #68207181
+# %% ../../nbs/topics/18_emoji_world.ipynb #23c5b4f3
 class EmojiWorld(Dataset):
     "Scenes 0 to count - 1 of a world, as dictionaries of x0 (3, size, size) in [-1, 1]."
 
@@ -457,7 +457,7 @@ class EmojiWorld(Dataset):
         if not 0 <= index < self.count: raise IndexError(f"index: expected 0 to {self.count - 1}, got {index}")
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #ba2c2fa1
+# %% ../../nbs/topics/18_emoji_world.ipynb #71052402
 JUDGED = 32  # pixels of a picture that the judge reads
 CELLS = 16   # along each side
 
@@ -518,7 +518,7 @@ class Judge(nn.Module):
         cells = self.features(images)
         return {"noun": self.noun(cells), "colour": self.colour(cells)}
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #26b781f6
+# %% ../../nbs/topics/18_emoji_world.ipynb #1aed792e
 class JudgedEmoji(EmojiWorld):
     "Scenes with the answers of their cells, for the judge's training: even numbers by the first vendor, odd ones by the second."
     def __getitems__(self, indices):
@@ -564,7 +564,7 @@ def load_judge(
     tensors, _ = load_checkpoint(pretrained_path("emoji_judge"), device)
     return load_into(Judge().to(device), {name: value.float() for name, value in tensors.items()}, "emoji_judge").eval()
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #c50082c5
+# %% ../../nbs/topics/18_emoji_world.ipynb #be9141d8
 LEAST = 3  # cells that a thing must fill to be seen
 QUESTIONS = ("noun", "colour", "count", "relation")
 
@@ -614,7 +614,7 @@ def mean_place(
     rows, columns = cells.nonzero().double().T
     return torch.stack([(columns.mean() + 0.5) / cells.shape[1], (rows.mean() + 0.5) / cells.shape[0]])
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #7414f25c
+# %% ../../nbs/topics/18_emoji_world.ipynb #cc8cfbc1
 def _holds(relation, first, second):
     "Whether a relation holds between two places."
     axis, sign = relation // 2, 1 if relation % 2 == 0 else -1  # "left of" and "above" mean a smaller coordinate
@@ -658,7 +658,7 @@ def judge_accuracy(
     found = {name: value.nanmean().item() for name, value in alignment(seen, scenes).items()}
     return found | {"cell": (seen.noun == truth)[there].float().mean().item()}
 
-# %% ../../nbs/topics/18_emoji_world.ipynb #48edc8c8
+# %% ../../nbs/topics/18_emoji_world.ipynb #d8715664
 def make_judge(
     path: str="data/checkpoints/emoji_judge.safetensors",  # where it goes, with a JSON file beside it
 ):
