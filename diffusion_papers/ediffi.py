@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ABOUT', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'SOLVERS', 'STRENGTHS', 'POOLINGS', 'NoiseLevels',
            'Interval', 'node', 'draw_levels', 'ensemble_intervals', 'check_partition', 'Branch', 'growth', 'Ensemble',
-           'EdiffiConfig', 'build_expert', 'Ediffi', 'build', 'load_data', 'ediffi_loss', 'train', 'noise_grid',
-           'sample', 'prompt_for', 'paint_weight', 'at_map_size', 'Brush', 'Stroke', 'painted_regions', 'asked_scenes',
-           'evaluate', 'generate_data']
+           'EdiffiConfig', 'build_expert', 'Ediffi', 'build', 'load_data', 'augmentation_label', 'training_condition',
+           'ediffi_loss', 'train', 'noise_grid', 'sample', 'prompt_for', 'paint_weight', 'at_map_size', 'Brush',
+           'Stroke', 'painted_regions', 'asked_scenes', 'evaluate', 'generate_data', 'upsample', 'cascade']
 
 # %% ../nbs/papers/04_ediffi.ipynb #25a73a64
 import functools
@@ -23,18 +23,20 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .core.denoisers import Denoiser, denoising_loss
+from .core.diffusion import reduced
 from .core.generation import Generated, generate
 from .core.metrics import to_bytes
 from .core.processes import EDM
 from .core.samplers import SAMPLERS, karras_grid
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
+from .topics.captioned_pictures import degraded, enlarged, matching_crops, noisy_condition
 from .topics.emoji_world import EmojiConfig, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, read_pictures
 from .topics.listening import guided_by_prompt, mixed_by_guidance
 from .topics.prompts import CaptionedScenes, Encoders, EncodersConfig, encode_prompts, encoders_of, training_prompt
 from .topics.text import phrase_tokens
 from .topics.text_unet import Prompt, TextUNetConfig, build_text_unet, token_places
 from .workbench.checkpoints import digest, load_into, model_files, pretrained_path
-from .workbench.checks import came, check_choice, check_fields, check_range, check_seed
+from .workbench.checks import came, check_choice, check_fields, check_images, check_range, check_seed
 from .workbench.configs import Config
 from .workbench.registry import About
 
@@ -233,6 +235,10 @@ class EdiffiConfig(Config):
     network: TextUNetConfig = TextUNetConfig()  # of every expert
     noise: NoiseLevels = NoiseLevels(-0.6, 1.4) # distribution of noise levels in training
     data_std: float = 0.5       # standard deviation of the data
+    low_size: int = 0           # pixels of the smaller pictures that a super-resolution model starts from; 0: this is a base
+    picture_size: int = 0       # pixels of whole pictures, where training takes crops of network.image_size; 0: no crops
+    augment: str = "gaussian"   # what smaller pictures suffer in training: "gaussian" noise of a level that is told, "degradation", "none"
+    augment_most: float = 0.5   # largest level of that noise, in sigma
     experts: int = 1            # 1, 2, 3 or 5
     low_level: int = 3          # level of the tree at which the low-noise expert is
     high_level: int = 9         # level at which the high-noise expert is
@@ -245,9 +251,22 @@ class EdiffiConfig(Config):
     FREE = ("evaluated",)
 
     def __post_init__(self):
-        check_choice(self.experts, "experts", (1, 2, 3, 5))
-        check_fields(self, {"data_std": (1e-6, 1e6), "low_level": (2, 40), "high_level": (2, 40), "evaluated": (2, 2**31)})
+        check_choice(self.experts, "experts", (1, 2, 3, 5)); check_choice(self.augment, "augment", ("gaussian", "degradation", "none"))
+        check_fields(self, {"data_std": (1e-6, 1e6), "low_size": (0, 2**20), "picture_size": (0, 2**20), "augment_most": (0.0, 1e6), "low_level": (2, 40), "high_level": (2, 40), "evaluated": (2, 2**31)})
         check_seed(self.seed)
+
+        wanted = (self.network.channels if self.low_size else 0, bool(self.low_size) and self.augment == "gaussian")
+        if (self.network.conditioning, self.network.augmented) != wanted:
+            raise ValueError(f"low_size: with low_size {self.low_size} and augment {self.augment!r}, network.conditioning and network.augmented must be {wanted}, "
+                             f"got {(self.network.conditioning, self.network.augmented)}")
+        if self.low_size and (self.whole % self.low_size or self.whole <= self.low_size):
+            raise ValueError(f"low_size: expected a divisor of the {self.whole} pixels of a picture, got {self.low_size}")
+
+    @property
+    def whole(self): return self.picture_size or self.network.image_size
+
+    @property
+    def factor(self): return self.whole // self.low_size if self.low_size else 1
 
     @property
     def intervals(self): return ensemble_intervals(self.experts, self.low_level, self.high_level)
@@ -297,7 +316,30 @@ def load_data(
     config: EdiffiConfig,  # names the data
 ) -> Dataset:
     "The training data of a configuration."
-    return CaptionedScenes(config.world, config.shape[-1], encoders_of(config.encoders))
+    return CaptionedScenes(config.world, config.whole, encoders_of(config.encoders))
+
+
+def augmentation_label(
+    level: torch.Tensor,  # noise of a smaller picture, in sigma, at least 0 (B,)
+) -> torch.Tensor:        # what a network is told of it (B,)
+    "A noise level as the denoiser tells its own, ln(sigma) / 4, from a thousandth on."
+    return level.clamp(min=1e-3).log() / 4
+
+
+def training_condition(
+    x0: torch.Tensor,      # pictures (B, C, H, W)
+    draws,                 # random numbers of the step
+    config: EdiffiConfig,  # whether, and how, a smaller picture is shown
+):                         # pictures or crops of them, and what the network is told: condition, augmentation
+    "What a super-resolution model is shown in training; nothing for a base."
+    if not config.low_size: return x0, {}
+    low, told = reduced(x0, config.low_size), {}
+    if config.picture_size: x0, low = matching_crops(x0, low, config.network.image_size, draws)
+    if config.augment == "degradation": low = degraded(low, draws)
+    if config.augment == "gaussian":
+        level = draws.uniform(x0, 0.0, config.augment_most)
+        low, told = noisy_condition(low, level, draws.normal(low)), {"augmentation": augmentation_label(level)}
+    return x0, {"condition": enlarged(low, x0.shape[-1]), **told}
 
 
 def ediffi_loss(
@@ -309,9 +351,10 @@ def ediffi_loss(
     encoders: Encoders,    # see `training_prompt`
 ) -> torch.Tensor:         # loss of each picture (B,)
     "Squared error of the network's output at noise levels of an interval."
-    x0 = batch["x0"]
+    x0, cond = training_condition(batch["x0"], draws, config)
     sigma = draw_levels(draws.uniform(x0), interval, config.noise)
-    return denoising_loss(expert, x0, sigma, draws.normal(x0), prompt=training_prompt(batch, draws, config.encoders, encoders, config.network.image_width))
+    prompt = training_prompt(batch, draws, config.encoders, encoders, config.network.image_width)
+    return denoising_loss(expert, x0, sigma, draws.normal(x0), prompt=prompt, **cond)
 
 # %% ../nbs/papers/04_ediffi.ipynb #317875a8
 def _branch_training(config, branch):
@@ -572,3 +615,52 @@ def generate_data(
 # %% ../nbs/papers/04_ediffi.ipynb #71817f48
 CONFIGS["gate"] = replace(CONFIGS["cpu"], world=EmojiConfig(nouns="forty", most=1, backgrounds="plain", contents=6000),
                           training=replace(CONFIGS["cpu"].training, steps=5000))
+
+# %% ../nbs/papers/04_ediffi.ipynb #59beb96a
+@torch.no_grad()
+def upsample(
+    model: Ediffi,                  # a super-resolution model
+    low: torch.Tensor,              # smaller pictures (B, C, h, w) in [-1, 1]
+    *,
+    prompt: str="",                 # what they show: a text; from Python also a list of B texts, or a `Prompt`
+    guidance: float=1.0,            # g, at least 0
+    level: float=0.1,               # noise that the smaller pictures get, in sigma, where the model was trained with noise
+    steps: int=10,                  # of the solver
+    solver: str="heun",             # one of SOLVERS
+    seed: int=0,                    # of the noise
+    callback: Callable | None=None, # called with (step, x, x_0 estimate)
+) -> torch.Tensor:                  # (B, C, factor h, factor w), about [-1, 1]
+    "Enlarge pictures, as the prompt says."
+    config = model.config
+    if not config.low_size: raise ValueError("model: expected a super-resolution model, got a base")
+    check_images(low, "low"); check_range(level, "level", 0.0); check_seed(seed); check_choice(solver, "solver", SOLVERS)
+    sigmas, generator = noise_grid(steps), torch.Generator().manual_seed(seed)
+    cond, spoiled = {}, low.to(model.device)
+    if config.augment == "gaussian":
+        levels = torch.full((len(low),), level, device=model.device)
+        noise = torch.randn(low.shape, generator=generator).to(model.device)
+        spoiled, cond = noisy_condition(spoiled, levels, noise), {"augmentation": augmentation_label(levels)}
+    size = tuple(config.factor * side for side in low.shape[2:])
+    told = prompt_for(model, prompt, len(low)).to(model.device)
+    denoise = guided_by_prompt(model, told, guidance, condition=enlarged(spoiled, size), **cond)
+    x = 80.0 * torch.randn(*low.shape[:2], *size, generator=generator)
+    return SAMPLERS[solver](denoise, x.to(model.device), sigmas, callback=callback)
+
+
+def cascade(
+    models: list,            # a base, then super-resolution models, each for pictures of the size before
+    count: int=4,            # pictures
+    *,
+    prompt: str="",          # what to paint, see `sample`
+    seed: int=0,             # of all noise
+    levels: tuple=(0.1,),    # noise of the smaller pictures at each super-resolution, in sigma; the last serves the rest
+    **options,               # of `sample`, for the base
+) -> list[torch.Tensor]:     # the pictures after each stage
+    "Paint small, and enlarge step by step."
+    for number, (before, after) in enumerate(zip(models, models[1:])):
+        if after.config.low_size != before.config.whole:
+            raise ValueError(f"models: stage {number + 1} enlarges pictures of {after.config.low_size} pixels, and gets pictures of {before.config.whole}")
+    pictures = [sample(models[0], count, prompt=prompt, seed=seed, **options)]
+    for number, model in enumerate(models[1:]):
+        pictures.append(upsample(model, pictures[-1].clamp(-1, 1), prompt=prompt, level=levels[min(number, len(levels) - 1)], seed=step_seed(seed, number + 1) % 2**31))
+    return pictures

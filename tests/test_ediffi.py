@@ -314,3 +314,67 @@ def test_nothing_painted_changes_nothing(encoders):
     plain = of(None)
     assert torch.allclose(of(Brush(regions, 0.0)), plain, atol=1e-4) and torch.allclose(of(Brush(0 * regions, 1.0)), plain, atol=1e-4)
     assert (of(Brush(regions, 1.0)) - plain).abs().max() > 1e-4
+
+
+# ---- larger pictures
+
+UPPER = replace(TINY, low_size=16, network=TextUNetConfig(family="efficient", conditioning=3, augmented=True, width=32, head_width=16, context_width=16, embedding_width=32,
+                                                          multipliers=(1, 1), blocks=(1, 1), attention=(), cross=(8,)))
+
+
+def test_a_base_is_shown_nothing_and_an_upsampler_a_noisy_smaller_picture():
+    from diffusion_papers.topics.captioned_pictures import enlarged
+    x0 = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    same, told = ediffi.training_condition(x0, Draws(torch.Generator()), TINY)
+    assert same is x0 and told == {}
+    clean = enlarged(torch.nn.functional.avg_pool2d(x0, 2), 32)
+    exact = ediffi.training_condition(x0, Draws(torch.Generator().manual_seed(1)), replace(UPPER, augment_most=0.0))[1]
+    assert (exact["condition"] - clean).abs().mean() < 0.1 and exact["augmentation"].tolist() == pytest.approx([math.log(1e-3) / 4] * 64)
+    noisy = ediffi.training_condition(x0, Draws(torch.Generator().manual_seed(1)), replace(UPPER, augment_most=0.8))[1]
+    level = (4 * noisy["augmentation"]).exp()
+    assert 0.3 < level.mean() < 0.5 and level.max() <= 0.8
+    found = (noisy["condition"] - exact["condition"]).flatten(1).std(1)
+    assert torch.corrcoef(torch.stack([found, level]))[0, 1] > 0.99 and (found / level)[level > 0.1].std() < 0.05  # the noise is of the level that is told
+    plain = ediffi.training_condition(x0, Draws(torch.Generator().manual_seed(1)), replace(UPPER, augment="degradation", network=replace(UPPER.network, augmented=False)))[1]
+    assert plain.keys() == {"condition"} and (plain["condition"] - clean).abs().mean() > 0.02
+
+
+def test_crops_of_both_sizes_show_the_same_place():
+    config = replace(UPPER, picture_size=64, low_size=32, augment="none", network=replace(UPPER.network, augmented=False))
+    ramp = torch.linspace(-1, 1, 64).expand(8, 3, 64, 64) * 0.5 + torch.linspace(-1, 1, 64)[:, None].expand(8, 3, 64, 64) * 0.4
+    crops, told = ediffi.training_condition(ramp, Draws(torch.Generator().manual_seed(0)), config)
+    assert crops.shape == told["condition"].shape == (8, 3, 32, 32) and len({crop[0, 0, 0].item() for crop in crops}) > 3
+    assert (crops - told["condition"])[..., 2:-2, 2:-2].abs().max() < 0.02 and config.factor == 2
+
+
+def test_pictures_are_enlarged_by_the_factor_and_a_level_of_nothing_is_the_picture(encoders):
+    model, low = build(UPPER), torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = []
+    real = model.experts[0].network.forward
+    model.experts[0].network.forward = lambda x, label, prompt=None, condition=None, augmentation=None: seen.append((condition, augmentation)) or real(x, label, prompt, condition, augmentation)
+    large = ediffi.upsample(model, low, prompt="a car", level=0.0, steps=1)
+    from diffusion_papers.topics.captioned_pictures import enlarged
+    assert large.shape == (2, 3, 32, 48) and torch.allclose(seen[0][0], enlarged(low, (32, 48)), atol=1e-6) and seen[0][1].tolist() == pytest.approx([math.log(1e-3) / 4] * 2)
+    ediffi.upsample(model, low, prompt="a car", level=0.5, steps=1, guidance=2.0)
+    assert len(seen[-1][0]) == 4 and seen[-1][1].tolist() == pytest.approx([math.log(0.5) / 4] * 4) and (seen[-1][0][:2] - enlarged(low, (32, 48))).std() > 0.1
+
+
+def test_a_cascade_is_checked_before_it_begins(encoders):
+    base = build(replace(TINY, network=replace(TINY.network, image_size=16)))
+    stages = ediffi.cascade([base, build(UPPER)], 2, prompt="a car", steps=1)
+    assert [tuple(stage.shape) for stage in stages] == [(2, 3, 16, 16), (2, 3, 32, 32)]
+    with pytest.raises(ValueError, match="stage 1"): ediffi.cascade([build(TINY), build(UPPER)], 1, prompt="a car")
+    with pytest.raises(ValueError, match="model"): ediffi.upsample(base, stages[0])
+
+
+@pytest.mark.parametrize("changes, words", [(dict(low_size=16), "low_size"), (dict(augment="blur"), "augment"), (dict(experts=4), "experts"), (dict(data_std=0.0), "data_std")])
+def test_wrong_configurations_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words): replace(TINY, **changes)
+    with pytest.raises(ValueError, match="low_size"): replace(UPPER, low_size=20)
+
+
+def test_an_upsampler_trains_and_resumes(tmp_path):
+    model = train(replace(UPPER, training=TrainingConfig(steps=1, **SHORT)), tmp_path, device="cpu")
+    ediffi.save_model(tmp_path / "model.safetensors", model)
+    again = ediffi.load_model(tmp_path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())) and again.config == model.config

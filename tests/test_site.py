@@ -20,6 +20,8 @@ need("data", "dev")
 
 from PIL import Image
 
+from diffusion_papers.workbench.registry import in_the_making, paper
+
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_docs"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -109,7 +111,7 @@ def test_the_left_column_is_a_table_of_contents_and_the_readme_agrees(pages):
     told = re.findall(r"^\| \[[^\]]+\]\(nbs/((?:papers|topics|core|workbench)/\d\d_\w+)\.ipynb\)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert listed == told and len(told) > 35
     for page in told:
-        if page.startswith("papers/"): assert page.replace("papers/", "evidence/") + ".html" in column or page.replace("papers/", "evidence/") + ".html" in pages
+        if page.startswith("papers/") and not in_the_making(paper(page[len("papers/00_"):])): assert page.replace("papers/", "evidence/") + ".html" in column or page.replace("papers/", "evidence/") + ".html" in pages
 
 
 def test_tables_are_tables(pages):
