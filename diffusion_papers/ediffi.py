@@ -262,6 +262,10 @@ class EdiffiConfig(Config):
         if self.low_size and (self.whole % self.low_size or self.whole <= self.low_size):
             raise ValueError(f"low_size: expected a divisor of the {self.whole} pixels of a picture, got {self.low_size}")
 
+    def brief(self, steps=1):
+        world = replace(self.world, contents=2)
+        return replace(super().brief(steps), world=world, encoders=replace(self.encoders, text="none", clip="bag"), start="")  # which needs no weights
+
     @property
     def whole(self): return self.picture_size or self.network.image_size
 

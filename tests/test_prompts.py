@@ -92,3 +92,11 @@ def test_encoders_are_silent_independently_and_at_their_rates(encoders):
     with torch.no_grad(): vectors = encoders.image(batch["x0"][:5])
     heard = prompt.image_there[:200].nonzero()[:, 0]
     assert torch.allclose(prompt.image[heard], vectors[heard % 5], atol=1e-3) and not prompt.image[~prompt.image_there].any()
+
+
+def test_a_model_may_have_no_text_encoder():
+    found = encoders_of(EncodersConfig(text="none"))
+    assert found.text is None and encode_prompts(found, ["a red apple"]).text is None and len(encode_prompts(found, ["a", "an apple"])) == 2
+    batch = CaptionedScenes(EmojiConfig(contents=3), 32, found).__getitems__(range(3))
+    assert batch.keys() == {"x0", "clip", "clip_there"}
+    assert training_prompt(batch, Draws(torch.Generator().manual_seed(0)), EncodersConfig(text="none"), found, 64).text is None

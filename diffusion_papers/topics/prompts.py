@@ -23,7 +23,7 @@ from ..workbench.configs import Config
 @dataclass(frozen=True)
 class EncodersConfig(Config):
     "Which encoders speak to a model, and how often each is silent in training."
-    text: str = "minilm"      # the text encoder: "minilm", or "t5" from a folder of yours
+    text: str = "minilm"      # the text encoder: "minilm", "t5" from a folder of yours, or "none"
     text_path: str = ""       # the folder of "t5"
     clip: str = "bag"         # the encoder that was trained with pictures: "bag", or "clip" from a folder of yours
     clip_path: str = ""       # the folder of "clip"
@@ -33,14 +33,14 @@ class EncodersConfig(Config):
     FREE = ("text_path", "clip_path")
 
     def __post_init__(self):
-        for name, values in {"text": ("minilm", "t5"), "clip": ("bag", "clip")}.items(): check_choice(getattr(self, name), name, values)
+        for name, values in {"text": ("minilm", "t5", "none"), "clip": ("bag", "clip")}.items(): check_choice(getattr(self, name), name, values)
         check_fields(self, dict.fromkeys(("drop_text", "drop_clip", "drop_image"), (0.0, 1.0)))
 
 
 @dataclass(frozen=True)
 class Encoders:
     "Who speaks to a model."
-    text: object      # a `TextEncoder`, in the slot of T5
+    text: object      # a `TextEncoder`, in the slot of T5; None where there is none
     clip: object      # a `TextEncoder`, in the slot of CLIP's text side
     image: Callable   # pictures (B, 3, H, W) in [-1, 1] -> style vectors (B, width), the slot of CLIP's picture side
 
@@ -60,7 +60,7 @@ def encoders_of(
     if config.text == "minilm":
         try: text = MiniLM()
         except ImportError: text = shipped_states()
-    else: text = T5Encoder(_brought(config, "text_path"))
+    else: text = T5Encoder(_brought(config, "text_path")) if config.text == "t5" else None
     if config.clip == "clip":
         folder = _brought(config, "clip_path")
         return Encoders(text, ClipText(folder), ClipImage(folder).encode)
@@ -79,9 +79,9 @@ def encode_prompts(
         check_images(style, "style")
         if len(style) not in (1, len(captions)): raise ValueError(f"style: expected 1 picture or {len(captions)}, one a caption, got {len(style)}")
         with torch.no_grad(): vector = encoders.image(style).expand(len(captions), -1)
-    text, clip = encoders.text.encode(captions), encoders.clip.encode(captions)
+    text, clip = encoders.text.encode(captions) if encoders.text else None, encoders.clip.encode(captions)
     spoken = torch.tensor([bool(words.strip()) for words in captions])[:, None]  # an empty caption still has special tokens
-    return Prompt(TextStates(text.tokens, text.there & spoken, text.pooling), clip, vector)
+    return Prompt(text and TextStates(text.tokens, text.there & spoken, text.pooling), clip, vector)
 
 # %% ../../nbs/topics/23_prompts.ipynb #1530adbc
 class CaptionedScenes(Dataset):
@@ -97,7 +97,7 @@ class CaptionedScenes(Dataset):
         self.scenes = EmojiWorld(world, size)
         what = emoji_scenes(range(world.contents), world)
         captions = [caption(what, number) for number in range(world.contents)]
-        self.banks = {"text": CaptionBank(captions, encoders.text), "clip": CaptionBank(captions, encoders.clip)}
+        self.banks = {name: CaptionBank(captions, getattr(encoders, name)) for name in ("text", "clip") if getattr(encoders, name)}
 
     def __len__(self): return len(self.scenes)
 
@@ -124,5 +124,5 @@ def training_prompt(
     style, heard = torch.zeros(len(x0), image_width, device=x0.device), ~silent["image"]
     if heard.any():
         with torch.no_grad(): style[heard] = encoders.image(x0[heard]).to(style)
-    states = {name: TextStates(batch[name], batch[f"{name}_there"], getattr(encoders, name).pooling) for name in ("text", "clip")}
+    states = {name: TextStates(batch[name], batch[f"{name}_there"], getattr(encoders, name).pooling) for name in ("text", "clip") if name in batch}
     return dropped(Prompt(**states, image=style), **silent)
