@@ -118,6 +118,14 @@ def test_networks_hear_each_encoder_and_not_the_padding(family):
         assert torch.allclose(network(x[[1]], label[[1]], prompt.select([1])), answer[[1]], atol=1e-4)
 
 
+def test_the_picture_is_looked_at_before_the_words():
+    torch.manual_seed(0)
+    both, x, tokens, there = awake(TextAttention(32, CONFIG)), normal(2, 32, 4, 4), normal(2, 3, 16, seed=1), torch.ones(2, 3, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.allclose(both(x, tokens, there), both.cross(both.own(x), tokens, there), atol=1e-6)
+        assert (both.own(x) - x).abs().max() > 1e-3 and TextAttention(32, CONFIG, looks=False).own is None
+
+
 def test_efficient_skips_are_divided_by_the_root_of_two():
     network = awake(build_text_unet(replace(CONFIG, family="efficient")))
     seen = []
