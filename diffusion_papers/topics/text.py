@@ -19,6 +19,7 @@ import math
 import re
 import time
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,26 +140,26 @@ def stack_states(
     return TextStates(torch.cat(tokens), torch.cat(there), parts[0].pooling)
 
 # %% ../../nbs/topics/19_text.ipynb #d3d61e60
-class TextEncoder:
+class TextEncoder(ABC):
     "What an encoder of captions offers; `encode` and `spans` are its own."
     name: str             # tells weights apart; caches and files are kept under it
     width: int            # numbers a token
     longest: int          # most tokens of a caption
     pooling: str="mean"   # one of POOLINGS
 
+    @abstractmethod
     def encode(
         self,
         captions: list[str],  # N texts; "" is allowed
     ) -> TextStates:          # on the CPU, float32
         "States of captions."
-        raise NotImplementedError
 
+    @abstractmethod
     def spans(
         self,
         caption: str,                # a text
     ) -> list[tuple[int, int]]:      # first character and one behind the last, for each token that `encode` makes
         "Which characters each token stands for; (0, 0) where none."
-        raise NotImplementedError
 
 # %% ../../nbs/topics/19_text.ipynb #3264a8b6
 TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")

@@ -271,14 +271,14 @@ class TextAttention(nn.Module):
     def forward(self, x, tokens, there, look=None):
         return self.cross(x if self.own is None else self.own(x), tokens, there, look)
 
-# %% ../../nbs/topics/20_text_unet.ipynb #c0c74574
+# %% ../../nbs/topics/20_text_unet.ipynb #7d4d905d
 def _attentions(config, level, count):
     "What looks at words after the blocks of a level."
     size, channels = config.map_size(level), config.width * config.multipliers[level]
     if size in config.attention: return [TextAttention(channels, config) for _ in range(count)]
     return [TextAttention(channels, config, looks=False) for _ in range(count)] if size in config.cross else []
 
-
+# %% ../../nbs/topics/20_text_unet.ipynb #c0c74574
 def _adm_down(config):
     "The levels from fine to coarse, and the channels of everything that is kept for the way up."
     levels, channels, kept = [], config.width, [config.width]
@@ -303,7 +303,7 @@ def _adm_up(config, kept):
         levels.append(Level(stages, _attentions(config, level, len(stages)), change))
     return levels
 
-
+# %% ../../nbs/topics/20_text_unet.ipynb #0a2775be
 class TextUNet(nn.Module):
     "What both families share: the ways in and out."
 
@@ -364,7 +364,7 @@ class TextUNet(nn.Module):
         hidden = self.walk(hidden, embedding, stage)
         return F.pixel_shuffle(self.output(F.silu(self.output_norm(hidden))), self.config.patch)
 
-
+# %% ../../nbs/topics/20_text_unet.ipynb #d9b1e238
 class AdmTextUNet(TextUNet):
     "The ADM family with text."
 
