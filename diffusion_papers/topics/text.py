@@ -199,9 +199,13 @@ def _network(loader, folder, **options):
     logging = require("transformers", "text").utils.logging
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # a folder may hold more than is needed, and a table of that frightens
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would be written into the page of a notebook
     options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told below
     try: found, about = loader.from_pretrained(folder, **options)
-    finally: logging.set_verbosity(loud)
+    finally:
+        logging.set_verbosity(loud)
+        if shown: logging.enable_progress_bar()
     lacking = sorted([*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])])
     if lacking: raise ValueError(f"path: {folder} lacks weights of {loader.__name__}, or has them in another shape: {some_of(lacking)}")
     return found.eval().requires_grad_(False)
