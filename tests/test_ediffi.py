@@ -16,8 +16,9 @@ from diffusion_papers.core.analytic import gaussian_denoiser
 from diffusion_papers.core.samplers import Counted, heun
 from diffusion_papers.core.training import Draws, TrainingConfig
 from diffusion_papers.ediffi import (
-    CONFIGS, Brush, Ensemble, Interval, NoiseLevels, Stroke, at_map_size, build, check_partition, draw_levels, ensemble_intervals, growth, node,
-    noise_grid, paint_weight, painted_regions, sample, train)
+    CONFIGS, Brush, Ensemble, Interval, NoiseLevels, build, check_partition, draw_levels, ensemble_intervals, growth, node, noise_grid, paint_weight,
+    sample, train)
+from diffusion_papers.topics.painted_words import Stroke, painted_regions
 from diffusion_papers.topics.prompts import encode_prompts, encoders_of
 from diffusion_papers.topics.text_unet import TextUNetConfig, token_places
 from diffusion_papers.workbench.checkpoints import CheckpointError
@@ -37,7 +38,7 @@ def encoders(monkeypatch):
     class Words:
         name, width, longest, pooling = "words", 384, 16, "mean"
         def encode(self, captions):
-            rows = [[hash(word) % 97 / 97 for word in text.split()] for text in captions] if False else [[len(word) / 9 + ord(word[0]) / 60 for word in text.split()] for text in captions]
+            rows = [[len(word) / 9 + ord(word[0]) / 60 for word in text.split()] for text in captions]
             longest = max(1, *map(len, rows))
             there = torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
             wave = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])[..., None] * torch.linspace(1, 8, 384)
@@ -272,34 +273,6 @@ def test_weight_of_a_brush():
     assert paint_weight(logits, hidden, sigma, 1.0, "std")[0].item() == pytest.approx(visible.item())
     for options, words in ((dict(amount=-1), "amount"), (dict(scale="mean"), "scale"), (dict(pooling="some"), "pooling")):
         with pytest.raises(ValueError, match=words): paint_weight(logits, there, sigma, **(dict(amount=1.0) | options))
-
-
-def test_regions_are_reduced_by_means():
-    region = torch.zeros(1, 2, 16, 16); region[0, 1, :5, :5] = 1
-    small = at_map_size(region, (8, 8))
-    assert small.shape == (1, 1, 64, 2) and small[0, 0, :, 1].reshape(8, 8)[2, 2] == pytest.approx(0.25) and small[..., 1].mean() == region[0, 1].mean()
-    assert at_map_size(region, (3, 5)).shape == (1, 1, 15, 2)
-
-
-def test_phrases_are_painted_in_both_encoders(encoders):
-    text = "a red car, and a blue car"
-    prompt = encode_prompts(encoders, [text] * 2)
-    region = torch.zeros(64, 64); region[:, :32] = 1
-    places = token_places(prompt)
-    painted = painted_regions(prompt, text, [Stroke("car", region, occurrence=2), Stroke("red car", region, 0.5)], encoders, (32, 32))
-    assert painted.shape[0] == 2 and painted.shape[2:] == (32, 32)
-    words = painted[0, places["text"]].amax((1, 2)).tolist()
-    assert words == [0, 0.5, 0.5, 0, 0, 0, 1.0]
-    assert painted[0, places["clip"]].amax((1, 2)).gt(0).sum() == 3 and not painted[0, 0].any()
-    assert painted[0, places["text"]][6, :, :16].min() == 1 and painted[0, places["text"]][6, :, 16:].max() == 0
-    with pytest.raises(ValueError, match="bus"): painted_regions(prompt, text, [Stroke("bus", region)], encoders, (32, 32))
-    with pytest.raises(ValueError, match="proportions"): painted_regions(prompt, text, [Stroke("car", region[:32])], encoders, (32, 32))
-
-
-@pytest.mark.parametrize("options, words", [(dict(region=torch.full((4, 4), 1.5)), "region"), (dict(region=torch.full((4, 4), math.nan)), "region"), (dict(region=torch.zeros(4)), "region"),
-                                            (dict(region=[[1]]), "region"), (dict(strength=-1.0), "strength"), (dict(occurrence=0), "occurrence")])
-def test_wrong_strokes_are_refused(options, words):
-    with pytest.raises(ValueError, match=words): Stroke(**(dict(phrase="car", region=torch.zeros(4, 4)) | options))
 
 
 def test_nothing_painted_changes_nothing(encoders):

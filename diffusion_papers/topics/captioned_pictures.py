@@ -6,7 +6,8 @@
 __all__ = ['ENDINGS', 'NO_CAPTION', 'NO_PICTURE', 'UNREADABLE', 'OTHER', 'BLUR', 'COARSEST', 'GRAIN', 'WORST', 'DAMAGES',
            'Member', 'tar_members', 'split_name', 'read_shard', 'shard_index', 'find_shards', 'CaptionedTars',
            'CaptionedDataset', 'coco_captions', 'Prompt', 'coco_prompts', 'StoredStates', 'EncodedPictures', 'enlarged',
-           'noisy_condition', 'blurred', 'resized', 'grainy', 'compressed', 'degraded', 'matching_crops']
+           'noisy_condition', 'augmentation_label', 'blurred', 'resized', 'grainy', 'compressed', 'degraded',
+           'matching_crops']
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #636d0707
 import io
@@ -492,6 +493,13 @@ def noisy_condition(
         raise ValueError(f"level: expected one number of at least 0, or {len(low)} of them, got {came(level)}")
     level = level.reshape(-1, 1, 1, 1)
     return torch.where(level > 0, low + level * noise, low)
+
+
+def augmentation_label(
+    level: torch.Tensor,  # noise of a small image, in sigma, at least 0 (B,)
+) -> torch.Tensor:        # what a network is told of it (B,)
+    "A noise level as a denoiser is told its own, ln(sigma) / 4, from a thousandth on."
+    return level.clamp(min=1e-3).log() / 4
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #fcff8b16
 BLUR, COARSEST, GRAIN, WORST = 2.0, 2.0, 0.1, 30  # of an amount of 1: width in pixels, factor of size, standard deviation, quality of JPEG

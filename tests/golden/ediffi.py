@@ -10,7 +10,8 @@ from diffusion_papers.core.denoisers import Denoiser
 from diffusion_papers.core.processes import EDM
 from diffusion_papers.core.samplers import SAMPLERS
 from diffusion_papers.ediffi import (
-    Brush, Ensemble, NoiseLevels, at_map_size, draw_levels, ensemble_intervals, mixed_by_guidance, node, noise_grid, paint_weight)
+    Brush, Ensemble, NoiseLevels, draw_levels, ensemble_intervals, mixed_by_guidance, node, noise_grid, paint_weight)
+from diffusion_papers.topics.painted_words import at_map_size
 
 GIVEN = {"precond/sigma", "interval_sampling/u", "pww/Q", "pww/K", "pww/V", "pww/A", "mask/full", "ode/mu", "ode/std", "ode/x_start",
          "cfg/cond", "cfg/uncond", "ensemble/mu_low_mid_high"}
