@@ -29,8 +29,9 @@ from .core.pictures import read_picture, write_picture
 from .core.processes import EDM
 from .core.samplers import SAMPLERS, karras_grid
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
-from .topics.captioned_pictures import (
-    CaptionedDataset, CaptionedTars, EncodedPictures, augmentation_label, coco_prompts, degraded, enlarged, matching_crops, noisy_condition)
+from diffusion_papers.topics.captioned_pictures import (
+    CaptionedDataset, CaptionedTars, EncodedPictures, augmentation_label, degraded, enlarged, matching_crops, noisy_condition,
+    read_captions)
 from .topics.emoji_world import EmojiConfig, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, read_pictures
 from .topics.listening import guided_by_prompt, mixed_by_guidance
 from .topics.painted_words import at_map_size, painted_regions, strokes_of_painting
@@ -82,6 +83,13 @@ class Interval:
     @property
     def mass(self): return self.last - self.first
 
+    def at(
+        self,
+        share: torch.Tensor,  # of the interval, in [0, 1]
+    ) -> torch.Tensor:        # quantiles
+        "From shares of the interval to quantiles of training."
+        return self.first + self.mass * share
+
     def bounds(
         self,
         noise: NoiseLevels,  # distribution in training
@@ -115,7 +123,7 @@ def draw_levels(
 ) -> torch.Tensor:          # noise levels inside the interval, float64 (B,)
     "Noise levels of an interval, distributed as in training: the truncated, renormalised lognormal."
     share = uniform.double().clamp(1e-7, 1 - 1e-7)
-    return noise.sigma(interval.first + interval.mass * share)
+    return noise.sigma(interval.at(share))
 
 # %% ../nbs/papers/04_ediffi.ipynb #65f4abbd
 def ensemble_intervals(
@@ -386,13 +394,17 @@ def _start(config):
 def train(
     config: EdiffiConfig=CONFIGS["cpu"],  # what to train
     folder: Path | str | None=None,       # where the runs are kept; None keeps nothing
+    *,
+    base: Denoiser | None=None,           # a trained base, from which the branches start; None trains one
+    data: Dataset | None=None,            # what to train on; None is what the configuration names
     **options,                            # handed to `fit`: resume, device, workers, callback
 ) -> Ediffi:                              # trained, with averaged weights
     "Train a base and let an ensemble grow out of it."
     with claim_folder(folder, config, options.get("resume", False)):
-        with processes(options.get("device")).main_process_first(): data = load_data(config)  # which encodes captions for all of them
-        encoders, trained = encoders_of(config.encoders), {}
+        with processes(options.get("device")).main_process_first(): data = data or load_data(config)  # which encodes captions for all of them
+        encoders, trained = encoders_of(config.encoders), {} if base is None else {"base": base.state_dict()}
         for branch in growth(config.intervals):
+            if branch.name in trained: continue
             expert = _start(config) if not branch.parent else load_into(build_expert(config), trained[branch.parent], branch.parent)
             loss = functools.partial(ediffi_loss, config=config, interval=branch.interval, encoders=encoders)
             place = Path(folder) / branch.name if folder else None
@@ -539,11 +551,7 @@ def _prompts_of(config, prompts, count, pairs):
     if not prompts:
         scenes = _asked_scenes(config, count or config.evaluated, pairs)
         return [caption(scenes, number) for number in range(len(scenes))]
-    if prompts.endswith(".json"): return [chosen.caption for chosen in coco_prompts(prompts, count or 30_000)]
-    lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines: raise ValueError(f"prompts: expected one caption a line, {Path(prompts).name} has none")
-    if count > len(lines): raise ValueError(f"count: expected at most the {len(lines)} captions of {Path(prompts).name}, got {count}")
-    return lines[:count or len(lines)]
+    return read_captions(prompts, count)
 
 
 def _smaller(model, low):

@@ -272,6 +272,23 @@ def test_an_encoder_from_a_folder(kind, folders, no_network):
         assert torch.allclose(encoder.encode([CAPTIONS[number]]).pooled()[0], states.pooled()[number], atol=1e-5)
 
 
+def test_captions_meet_pictures_in_one_space(folders, tmp_path):
+    import transformers
+    from safetensors.torch import load_file, save_file
+    words, eyes = ClipText(folders["clip"]), ClipImage(folders["clip"])
+    model = transformers.CLIPModel.from_pretrained(folders["clip"]).eval()
+    found = words.projected(["a red apple", "dog"])
+    for row, text in zip(found, ("a red apple", "dog")):
+        ids = torch.tensor([[3] + [WORDS.index(word) for word in text.split()] + [1]])
+        with torch.no_grad(): expected = model.text_projection(model.text_model(input_ids=ids).last_hidden_state[:, -1])[0]
+        assert torch.allclose(row, expected, atol=1e-5)
+    assert found.shape == (2, eyes.width)
+    bare = shutil.copytree(folders["clip"], tmp_path / "bare")
+    tensors = load_file(bare / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if name != "text_projection.weight"}, bare / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="no text_projection.weight"): ClipText(bare).projected(["dog"])
+
+
 def test_spans_are_those_of_the_tokens(folders):
     t5, clip, prompt = T5Encoder(folders["t5"]), ClipText(folders["clip"]), "A red,  PEAR"
     assert [prompt[a:b] for a, b in t5.spans(prompt)] == ["A", "red", ",", "PE", "AR", ""] and t5.spans(prompt)[-1] == (0, 0)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'NO_CAPTION', 'NO_PICTURE', 'UNREADABLE', 'OTHER', 'BLUR', 'COARSEST', 'GRAIN', 'WORST', 'DAMAGES',
            'Member', 'tar_members', 'split_name', 'read_shard', 'shard_index', 'find_shards', 'CaptionedTars',
-           'CaptionedDataset', 'coco_captions', 'Prompt', 'coco_prompts', 'StoredStates', 'EncodedPictures', 'enlarged',
-           'noisy_condition', 'augmentation_label', 'blurred', 'resized', 'grainy', 'compressed', 'degraded',
-           'matching_crops']
+           'CaptionedDataset', 'coco_captions', 'Prompt', 'coco_prompts', 'read_captions', 'StoredStates',
+           'EncodedPictures', 'enlarged', 'noisy_condition', 'augmentation_label', 'blurred', 'resized', 'grainy',
+           'compressed', 'degraded', 'matching_crops']
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #636d0707
 import io
@@ -364,6 +364,20 @@ def coco_prompts(
         which, rank = np.random.SeedSequence((seed, number)).generate_state(2, np.uint64).tolist()
         drawn.append((rank, number, Prompt(name, captions[which % len(captions)])))
     return [prompt for _, _, prompt in sorted(drawn)[:count]]
+
+
+def read_captions(
+    path: Path | str,  # a text file with one caption a line, or a .json of COCO's captions, of which some are drawn as above
+    count: int=0,      # how many, the first ones; 0 is all, or 30,000 of COCO's
+) -> list[str]:
+    "Captions of a file (`ValueError` where there are too few)."
+    check_range(count, "count", 0)
+    if Path(path).suffix == ".json": return [prompt.caption for prompt in coco_prompts(path, count or 30_000)]
+    if not Path(path).is_file(): raise FileNotFoundError(f"prompts: there is no file {path}")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines: raise ValueError(f"prompts: expected one caption a line, {Path(path).name} has none")
+    if count > len(lines): raise ValueError(f"count: expected at most the {len(lines)} captions of {Path(path).name}, got {count}")
+    return lines[:count or len(lines)]
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #ec79364c
 _FILES_AT_ONCE = 1024  # files of states that are kept open

@@ -328,6 +328,16 @@ class ClipText(LocalText):
     ):
         super().__init__(path, check_range(longest, "longest", 2, 77), loader="CLIPTextModel", kinds=("clip", "clip_text_model"), **options)
 
+    def projected(
+        self,
+        captions: list[str],  # N texts
+    ) -> torch.Tensor:        # (N, width of `ClipImage`), not normalised
+        "One vector for each caption, in the space of the picture half (`ValueError` where the folder has no projection)."
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with require("safetensors", "text").safe_open(file, "pt") as content:
+                if "text_projection.weight" in content.keys(): return self.encode(captions).pooled() @ content.get_tensor("text_projection.weight").float().T
+        raise ValueError(f"path: {self.folder} has no text_projection.weight, so its words cannot be compared with pictures")
+
 # %% ../../nbs/topics/19_text.ipynb #851a90b8
 CLIP_MEANS = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in [0, 1]
 CLIP_STDS = (0.26862954, 0.26130258, 0.27577711)
