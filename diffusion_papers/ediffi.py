@@ -95,8 +95,9 @@ class Interval:
         noise: NoiseLevels,  # distribution in training
     ) -> tuple[float, float]: # noise levels; 0 and infinity at the ends
         "Where the interval begins and ends."
-        at = lambda quantile: 0.0 if quantile == 0 else math.inf if quantile == 1 else noise.sigma(quantile).item()
-        return at(self.first), at(self.last)
+        def at(quantile):
+            with torch.device("cpu"): return noise.sigma(quantile).item()  # a number, wherever networks are built
+        return at(self.first) if self.first > 0 else 0.0, at(self.last) if self.last < 1 else math.inf
 
     def inside(
         self,

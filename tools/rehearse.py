@@ -16,6 +16,7 @@ import signal
 import string
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tomllib
@@ -215,6 +216,59 @@ def write_wflw_videos(place):
             with whole_file(place / what / f"{name}.npy") as unfinished, unfinished.open("wb") as buffer: np.save(buffer, content)
 
 
+LINES = ["a red apple and a green pear", "two dogs on grass", "a boat, seen from above", "a street at night"]
+
+
+def write_shards(place):
+    "Two shards of webdataset: pictures and their captions."
+    place.mkdir(parents=True)
+    for shard in range(2):
+        with whole_file(place / f"{shard:05d}.tar") as unfinished, tarfile.open(unfinished, "w") as archive:
+            for number, pixels in enumerate(pictures(4, 96, shard)):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "JPEG")
+                for ending, content in (("jpg", buffer.getvalue()), ("txt", LINES[number].encode())):
+                    entry = tarfile.TarInfo(f"{shard}{number:04d}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+
+
+def write_coco(place):
+    "COCO's validation: pictures in a folder, captions in a JSON file."
+    write_picture_folder(place / "val2014", each=4)
+    names = sorted(path.name for path in (place / "val2014").iterdir())
+    content = {"images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+               "annotations": [{"id": number, "image_id": number, "caption": LINES[number]} for number in range(len(names))]}
+    with whole_file(place / "captions_val2014.json") as unfinished: unfinished.write_text(json.dumps(content))
+
+
+def write_tokenizer(place, start=""):
+    "A tokenizer of whole words."
+    import tokenizers
+    import transformers
+    words = ["<pad>", "</s>", "<unk>", "<s>", *sorted({word for line in LINES for word in line.replace(",", "").split()})]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    core.post_processor = tokenizers.processors.TemplateProcessing(single=f"{start} $A </s>".strip(), special_tokens=[("</s>", 1), ("<s>", 3)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77).save_pretrained(place)
+    return len(words)
+
+
+def write_t5(place):
+    "A T5 encoder of 16 numbers a token."
+    import transformers
+    words = write_tokenizer(place)
+    transformers.T5EncoderModel(transformers.T5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(place)
+
+
+def write_clip(place):
+    "A CLIP of 12 numbers a token, and 8 a picture."
+    import transformers
+    words = dict(vocab_size=write_tokenizer(place, "<s>"), hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1, bos_token_id=3, pad_token_id=0)
+    eyes = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7)
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=words, vision_config=eyes, projection_dim=8)).save_pretrained(place)
+
+
 def masks(): return {name: np.packbits(np.random.default_rng(0).random((8, 256, 256)) < 0.15) for name in ("10-20% freeform", "20-30% freeform")}
 
 
@@ -233,6 +287,10 @@ WRITERS = {  # how a file or a folder is called on the pages -> what writes it, 
     r".*masks\.npz": lambda place, config: write_arrays(place, **masks()),
     r"insar\.npz": lambda place, config: write_arrays(place, insar=radar()),
     r"nsforcing.*\.pt": lambda place, config: write_flow(place),
+    r"shards": lambda place, config: write_shards(place),
+    r"coco": lambda place, config: write_coco(place),
+    r"t5-.*": lambda place, config: write_t5(place),
+    r"clip-.*": lambda place, config: write_clip(place),
     r"WFLW": lambda place, config: write_wflw(place),
     r"WFLW_V": lambda place, config: write_wflw_videos(place),
 }
@@ -241,7 +299,7 @@ WRITERS = {  # how a file or a folder is called on the pages -> what writes it, 
 def write_files(folder, values, config):
     "Whatever files the values of a chain name."
     for name, value in values.items():
-        if name in ("preset", "task"): continue
+        if name in ("preset", "task", "before"): continue
         short = value.removeprefix(LIST["launch"]["folder"] + "/")
         place = folder / ("data" if short != value else "") / short
         [writer] = [writer for pattern, writer in WRITERS.items() if re.fullmatch(pattern, short)]
@@ -318,7 +376,7 @@ def paper_scale(slug, preset):
     "Whether a preset is a published one: the others train from what ships."
     config = paper(slug).CONFIGS[preset]
     data = getattr(config, "diffusion", config).data
-    return data in ("cifar10", "images", "idx", "cifar", "file", "distances", "wflw")
+    return data in ("cifar10", "images", "idx", "cifar", "file", "distances", "wflw", "tars")
 
 
 if __name__ == "__main__":
