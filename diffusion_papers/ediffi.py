@@ -541,7 +541,7 @@ def evaluate(
         part, options = slice(start, start + batch), {"guidance": guidance, "steps": steps, "seed": step_seed(seed, start) % 2**31}
         if config.low_size: return upsample(model, reduced(true[part], config.low_size), prompt=captions[part], **options).cpu()
         return sample(model, len(captions[part]), prompt=captions[part], **options).cpu()
-    painted = torch.cat([draw(start) for start in range(0, count, batch)])
+    painted = torch.cat([draw(start) for start in range(0, count, batch)]).clamp(-1, 1)
     row = {"pictures": count, "guidance": guidance, "calls": 2 * steps - 1, **_shares(judge, painted, scenes)}
     if config.low_size: row |= {"error": (painted - true).square().mean().item(), "error, bilinear": (enlarged(reduced(true, config.low_size), config.whole) - true).square().mean().item()}
     return [row | {f"{name}, true scenes": share for name, share in _shares(judge, true, scenes).items()}]

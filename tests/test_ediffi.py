@@ -351,3 +351,119 @@ def test_an_upsampler_trains_and_resumes(tmp_path):
     ediffi.save_model(tmp_path / "model.safetensors", model)
     again = ediffi.load_model(tmp_path / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())) and again.config == model.config
+
+
+def test_an_upsampler_is_measured_by_what_it_enlarges(encoders):
+    model = build(replace(UPPER, evaluated=3))
+    for parameter in model.parameters(): torch.nn.init.zeros_(parameter.data)
+    [row] = ediffi.evaluate(model, steps=2)
+    assert row["pictures"] == 3 and 0 < row["error, bilinear"] < row["error"] and row["noun, true scenes"] >= 0
+    with pytest.raises(ValueError, match="expected a base"): sample(model, 1)
+
+
+def test_many_pictures_are_enlarged_from_a_folder(tmp_path, encoders):
+    base, upper = build(replace(TINY, network=replace(TINY.network, image_size=16))), build(UPPER)
+    (tmp_path / "captions.txt").write_text("a car\na bus\na red car\n")
+    options = dict(prompts=str(tmp_path / "captions.txt"), steps=1, size=2, device="cpu")
+    ediffi.generate_data(base, tmp_path / "small", **options)
+    large = ediffi.generate_data(upper, tmp_path / "large", low=str(tmp_path / "small"), guidance=1.0, **options)
+    assert len(large) == 3 and large[2]["images"].shape == (3, 32, 32)
+    for model, low, words in ((base, str(tmp_path / "small"), "none, for a base"), (upper, "", "folder of smaller")):
+        with pytest.raises(ValueError, match=f"low: expected .*{words}"): ediffi.generate_data(model, tmp_path / "wrong", low=low, **options)
+    (tmp_path / "more.txt").write_text("a car\n" * 4)
+    with pytest.raises(ValueError, match="low: expected a picture for each of 4 captions"):
+        ediffi.generate_data(upper, tmp_path / "wrong", low=str(tmp_path / "small"), **options | {"prompts": str(tmp_path / "more.txt")})
+    assert not (tmp_path / "wrong").exists()
+
+
+# ---- pictures of yours, and the paper's sizes
+
+def write_shard(path, count=4):
+    import io
+    import tarfile
+    from PIL import Image
+    with tarfile.open(path, "w") as archive:
+        for number in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (40, 36), (60 * number, 20, 90)).save(buffer, "PNG")
+            for ending, content in (("png", buffer.getvalue()), ("txt", b"a red car")):
+                entry = tarfile.TarInfo(f"{number:03d}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def test_a_base_trains_on_shards_of_yours(tmp_path, encoders, monkeypatch):
+    from diffusion_papers.topics.prompts import Encoders
+    monkeypatch.setattr(ediffi, "encoders_of", lambda config: Encoders(None, encoders.clip, encoders.image))
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "00000.tar")
+    config = replace(TINY, data="tars", data_path=str(tmp_path / "shards"))
+    batch = ediffi.load_data(config).__getitems__([0, 3])
+    assert batch["x0"].shape == (2, 3, 32, 32) and batch["clip_there"].any() and "text" not in batch and (tmp_path / "shards" / "states").is_dir()
+    model = train(config, tmp_path / "run", device="cpu")
+    assert ediffi.evaluate(model) == []
+    elsewhere = replace(config, states_path=str(tmp_path / "elsewhere"))
+    ediffi.load_data(elsewhere)
+    assert (tmp_path / "elsewhere").is_dir()
+    with pytest.raises(ValueError, match="data_path"): train(replace(config, data_path=""), device="cpu")
+    with pytest.raises(ValueError, match="data:"): replace(config, data="pictures")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_brief_run_needs_nothing_from_elsewhere(name):
+    config, short = CONFIGS[name], CONFIGS[name].brief()
+    assert (short.data, short.data_path, short.start, short.encoders.text, short.experts, short.world.contents) == ("emoji", "", "", "none", 1, 2)
+    assert short.encoders.clip == ("bag" if config.encoders.clip == "bag" else "none") and short.network == config.network and short.low_size == config.low_size
+
+
+def test_experts_can_be_counted_without_memory():
+    with torch.device("meta"): model = build(replace(TINY, experts=3))
+    assert len(model.experts) == 3 and model.intervals == ensemble_intervals(3, 2, 2)
+
+
+def test_branches_grow_from_a_base_that_is_there():
+    [base] = build(replace(TINY, seed=5)).experts
+    same = train(TINY, base=base, device="cpu").experts[0]
+    assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), same.state_dict().values()))
+    frozen = {part: replace(getattr(TINY, part), lr=1e-12) for part in ("branch", "expert")}
+    for expert in train(replace(TINY, experts=3, **frozen), base=base, device="cpu").experts:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(base.state_dict().values(), expert.state_dict().values()))
+
+
+# ---- files
+
+def test_a_painting_is_a_file(tmp_path, encoders):
+    from diffusion_papers.core.pictures import read_picture, write_picture
+    model, half = build(TINY), -torch.ones(3, 64, 64)
+    half[0], half[:, :, 32:] = 1, 1
+    write_picture(tmp_path / "regions.png", half)
+    told, options = [], dict(prompt="a red car and a red car", colours="red: car:2", steps=2, model=model)
+    pictures = ediffi.paint_file(tmp_path / "regions.png", count=3, output=tmp_path / "out.png", say=told.append, **options)
+    assert pictures.shape == (3, 3, 32, 32) and read_picture(tmp_path / "out.png").colour.shape == (3, 32, 96) and told == ["'car' on 50% of the picture"]
+    seen = []
+    real = ediffi.Brush
+    class Noted(real):
+        def __init__(self, regions, *rest): seen.append(regions); super().__init__(regions, *rest)
+    ediffi.Brush = Noted
+    try: ediffi.paint_file(tmp_path / "regions.png", count=1, **options)
+    finally: ediffi.Brush = real
+    words = seen[0][0, 1:8].amax((1, 2)).tolist()
+    assert words == [0, 0, 0, 0, 0, 0, 1] and seen[0][0, 7, :, :16].min() == 1 and seen[0][0, 7, :, 16:].max() == 0
+    for wrong, words in (({"colours": ""}, "colours"), ({"colours": "red"}, "colours"), ({"colours": "red: bus"}, "bus"), ({"count": 0}, "count"), ({"amount": -1.0}, "amount"),
+                         ({"output": tmp_path / "out.jpg"}, "output"), ({"tolerance": 900}, "tolerance")):
+        with pytest.raises(ValueError, match=words): ediffi.paint_file(tmp_path / "regions.png", **options | wrong)
+
+
+@pytest.mark.parametrize("text, found", [("red: a car; #00ff00 : tree:2 ", {"red": "a car", "#00ff00": "tree:2"}), ("blue:x;", {"blue": "x"})])
+def test_colours_are_read_from_a_text(text, found): assert ediffi._colours(text) == found
+
+
+def test_a_picture_file_is_enlarged(tmp_path, encoders):
+    from diffusion_papers.core.pictures import read_picture, write_picture
+    write_picture(tmp_path / "small.png", torch.zeros(3, 16, 24))
+    told = []
+    large = ediffi.enlarge_file(tmp_path / "small.png", prompt="a car", steps=2, model=build(UPPER), output=tmp_path / "large.png", say=told.append)
+    assert large.shape == (1, 3, 32, 48) and read_picture(tmp_path / "large.png").colour.shape == (3, 32, 48) and told == ["24 x 16 pixels became 48 x 32"]
+    write_picture(tmp_path / "odd.png", torch.zeros(3, 15, 24))
+    with pytest.raises(ValueError, match="multiples of 2, got 24 x 15"): ediffi.enlarge_file(tmp_path / "odd.png", model=build(UPPER))
+    with pytest.raises(ValueError, match="super-resolution"): ediffi.enlarge_file(tmp_path / "small.png", model=build(TINY))

@@ -138,3 +138,56 @@ def test_phrases_are_painted_in_both_encoders(encoders):
                                             (dict(region=[[1]]), "region"), (dict(strength=-1.0), "strength"), (dict(occurrence=0), "occurrence")])
 def test_wrong_strokes_are_refused(options, words):
     with pytest.raises(ValueError, match=words): Stroke(**(dict(phrase="car", region=torch.zeros(4, 4)) | options))
+
+
+# ---- the canvas
+
+def parts_of(box):
+    "Every widget inside a box."
+    yield box
+    for child in getattr(box, "children", ()): yield from parts_of(child)
+
+
+def test_a_canvas_draws_a_region_for_each_phrase_and_paints():
+    widgets = pytest.importorskip("ipywidgets")
+    asked = []
+    def paint(prompt, strokes, amount, callback):
+        for step in range(5): callback(step, None)
+        asked.append((prompt, {stroke.phrase: stroke.region for stroke in strokes}, amount))
+        return torch.zeros(2, 3, 8, 8)
+    parts = list(parts_of(painted_words.canvas(paint, {"a car and a tree": ["car", "tree"], "an owl": ["owl"]}, steps=5, side=4)))
+    prompt, phrase = (part for part in parts if isinstance(part, widgets.Combobox))
+    squares = [part for part in parts if isinstance(part, widgets.ToggleButton)]
+    buttons = {part.description: part for part in parts if isinstance(part, widgets.Button)}
+    [bar] = [part for part in parts if isinstance(part, widgets.IntProgress)]
+    squares[5].value = True
+    phrase.value = "tree"
+    assert not any(square.value for square in squares)
+    buttons["right"].click()
+    assert [square.value for square in squares] == [False, False, True, True] * 4
+    phrase.value = "car"
+    assert [square.value for square in squares].index(True) == 5
+    buttons["paint"].click()
+    text, regions, amount = asked[0]
+    assert text == "a car and a tree" and amount == 1.0 and bar.value == 5 and not buttons["paint"].disabled
+    assert regions["car"].sum() == 1 and regions["car"][1, 1] == 1 and torch.equal(regions["tree"], painted_words.half_of("right", 4))
+    prompt.value = "an owl"
+    buttons["paint"].click()
+    assert phrase.value == "owl" and asked[1][:2] == ("an owl", {}) and not any(square.value for square in squares)
+    buttons["upper"].click(); buttons["clear"].click(); buttons["paint"].click()
+    assert asked[2][1] == {}
+
+
+def test_a_canvas_says_what_was_wrong(capsys):
+    widgets = pytest.importorskip("ipywidgets")
+    def paint(*_): raise ValueError("phrase: not there")
+    parts = list(parts_of(painted_words.canvas(paint, {"a car": ["car"]})))
+    [button] = [part for part in parts if getattr(part, "description", "") == "paint"]
+    button.click()
+    assert "phrase: not there" in capsys.readouterr().out + "".join(str(part.outputs) for part in parts if isinstance(part, widgets.Output)) and not button.disabled
+
+
+@pytest.mark.parametrize("name, corner", [("left", (0, 0)), ("right", (0, 3)), ("upper", (0, 3)), ("lower", (3, 0))])
+def test_halves(name, corner):
+    half = painted_words.half_of(name, 4)
+    assert half.sum() == 8 and half[corner] == 1 and half.tolist() in (half.flip(0).tolist(), half.flip(1).tolist())
