@@ -644,6 +644,12 @@ def cascade(
         pictures.append(upsample(model, pictures[-1].clamp(-1, 1), prompt=prompt, level=levels[min(number, len(levels) - 1)], seed=step_seed(seed, number + 1) % 2**31))
     return pictures
 
+# %% ../nbs/papers/04_ediffi.ipynb #5fe2904b
+CONFIGS["sr64"] = EdiffiConfig(
+    world=EmojiConfig(nouns="all", most=3, contents=20_000), noise=NoiseLevels(), low_size=32,
+    network=TextUNetConfig(family="efficient", image_size=64, conditioning=3, augmented=True, width=32, multipliers=(1, 2, 3), blocks=(1, 1, 1), attention=(), cross=(8,), head_width=16),
+    training=TrainingConfig(steps=3000, batch_size=16, lr=1.5e-3, warmup=100, decay="cosine"))
+
 # %% ../nbs/papers/04_ediffi.ipynb #a11670c3
 def _colours(text):
     "Which colour is which phrase, from a text such as \"red: car; #0000ff: banana\"."
