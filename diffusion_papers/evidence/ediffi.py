@@ -179,7 +179,7 @@ def paint_all(
 ARENA = CONFIGS["cpu"].override(**{
     "experts": 3, "world.most": 1, "world.backgrounds": "plain", "world.contents": 6000, "network.width": 32, "network.head_width": 16,
     "training.steps": 800, "training.warmup": 50, "branch.steps": 12, "expert.steps": 120})
-WIDER = {"network.width": 64, "network.head_width": 32, "network.embedding_width": 256}  # twice as wide: three times as many parameters
+WIDER = {"network.width": 64, "network.head_width": 32, "network.embedding_width": 192}  # three times as many parameters
 
 
 def loss_rows(models, config, count=512):
@@ -235,7 +235,7 @@ def pairs_of(
     seed: int=0,           # which ones
 ) -> Scenes:               # two different things in two different colours, no relation, no background said
     "Scenes that ask for binding."
-    scenes = held_out(config, 8 * count + 50, seed, most=2, coloured=1.0)
+    scenes = held_out(config, 60 * count + 100, seed, most=2, coloured=1.0)
     mine = (scenes.count == 2) & ~scenes.same & (scenes.colour[:, :2] >= 0).all(1) & (scenes.colour[:, 0] != scenes.colour[:, 1])
     chosen = scenes.select(mine.nonzero()[:count, 0])
     return replace(chosen, relation=torch.full_like(chosen.relation, -1), said=torch.zeros_like(chosen.said))

@@ -1,0 +1,223 @@
+"""How eDiff-I is compared: sides of equal samples, losses by interval, binding, painted halves, retrieval, published measures."""
+from dataclasses import replace
+
+import pytest
+import torch
+from extras import need
+
+need("train", "data")
+from diffusion_papers.core.denoisers import denoising_loss
+from diffusion_papers.ediffi import CONFIGS, build, draw_levels, growth
+from diffusion_papers.evidence import ediffi as room
+from diffusion_papers.evidence.ediffi import (
+    ARENA, INTERVALS, PROBES, STUDIES, WIDER, Rebalanced, all_right, bound, captions_of, further, halves, held_out, inside, losses, measure_clip, measure_fid, pairs_of,
+    regions_for, retrieved, sides, steps_of, switching_rows, told, understood)
+from diffusion_papers.topics.emoji_world import caption, draw_emoji, emoji_scenes
+from diffusion_papers.topics.painted_words import half_of
+from diffusion_papers.topics.prompts import Encoders, encode_prompts, encoders_of
+from diffusion_papers.topics.text import TextEncoder, TextStates, shipped_captions
+from diffusion_papers.topics.text_unet import TextUNetConfig
+
+SMALL = dict(batch_size=2, lr=1e-3)
+TINY = ARENA.override(**{"encoders.text": "none", "world.contents": 6, "network.embedding_width": 32, "network.context_width": 16, "training.steps": 2, "branch.steps": 1, "expert.steps": 2}
+                      | {f"{part}.{name}": value for part in ("training", "branch", "expert") for name, value in SMALL.items()})
+
+
+def moved(scenes, *places): return replace(scenes, place=torch.tensor(places)[None].expand(len(scenes), -1, -1).clone())
+
+
+# ---- sides
+
+def test_rebalanced_levels_come_from_each_interval_equally_often():
+    config = CONFIGS["cpu"].override(experts=3)
+    edges = Rebalanced(config.intervals).at(torch.tensor([0.0, 0.5 / 3, 1 / 3 + 1e-12, 0.5, 2 / 3 + 1e-12, 1.0], dtype=torch.float64))
+    low, middle, high = config.intervals
+    assert edges.tolist() == pytest.approx([0.0, low.mass / 2, low.last, middle.first + middle.mass / 2, middle.last, 1.0])
+    sigma = draw_levels(torch.rand(9000, generator=torch.Generator().manual_seed(0)), Rebalanced(config.intervals), config.noise)
+    shares = torch.histc(torch.bucketize(sigma, torch.tensor([interval.bounds(config.noise)[0] for interval in config.intervals[1:]]).double()).float(), 3, 0, 2) / 9000
+    assert (shares - 1 / 3).abs().max() < 0.02
+
+
+def test_rivals_have_as_many_steps_as_all_branches(monkeypatch):
+    branches = [branch for branch in growth(TINY.intervals) if branch.parent]
+    assert steps_of(TINY) == 3 * 2 + (len(branches) - 3) * 1
+    seen = {}
+    real = room.fit
+    monkeypatch.setattr(room, "fit", lambda model, loss, data, training, **options: seen.update({loss.keywords["interval"].__class__.__name__: training}) or real(model, loss, data, training, **options))
+    data = room.load_data(TINY)
+    base = build(replace(TINY, experts=1, seed=4)).experts[0]
+    kept = {name: value.clone() for name, value in base.state_dict().items()}
+    models = sides(TINY, base, data)
+    assert models.keys() == {"base", "experts", "continued", "rebalanced"} and {training.steps for training in seen.values()} == {steps_of(TINY)} and seen.keys() == {"Interval", "Rebalanced"}
+    assert all(torch.equal(value, base.state_dict()[name]) and torch.equal(value, models["base"].experts[0].state_dict()[name]) for name, value in kept.items())
+    assert len(models["experts"].experts) == 3 and len(models["continued"].experts) == 1
+    assert all(any(not torch.equal(a, b) for a, b in zip(models[name].experts[0].state_dict().values(), kept.values())) for name in ("continued", "rebalanced"))
+    same = further(replace(TINY, expert=replace(TINY.expert, lr=1e-12)), base, data, Rebalanced(TINY.intervals))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(same.state_dict().values(), kept.values()))
+
+
+def test_the_wider_rival_has_three_times_the_parameters():
+    sizes = []
+    for config in (ARENA, ARENA.override(**WIDER)):
+        with torch.device("meta"): sizes.append(sum(p.numel() for p in room.build_expert(config).parameters()))
+    assert 3 <= sizes[1] / sizes[0] < 3.1
+
+
+def test_losses_are_those_of_the_owner_in_each_interval():
+    model = build(TINY)
+    for number, expert in enumerate(model.experts):
+        for parameter in expert.parameters():
+            if parameter.ndim > 1: torch.nn.init.normal_(parameter.data, std=0.05 * (number + 1), generator=torch.Generator().manual_seed(number))
+    found = losses(model, TINY, 6)
+    scenes, generator = held_out(TINY, 6), torch.Generator().manual_seed(0)
+    x0, prompt = draw_emoji(scenes, 32)[0], encode_prompts(encoders_of(TINY.encoders), captions_of(scenes))
+    for number, name in enumerate(INTERVALS):
+        share = (torch.randperm(6, generator=generator).double() + 0.5) / 6
+        sigma, noise = draw_levels(share, TINY.intervals[number], TINY.noise).float(), torch.randn(x0.shape, generator=generator)
+        low, high = TINY.intervals[number].bounds(TINY.noise)
+        assert (sigma >= low * 0.999).all() and (sigma < high).all()
+        with torch.no_grad(): expected = denoising_loss(model.experts[number], x0, sigma, noise, prompt=prompt).mean().item()
+        assert found[name] == pytest.approx(expected, rel=1e-4)
+    assert losses(model, TINY, 6) == found and len(set(found.values())) == 3
+
+
+# ---- what the judge is asked
+
+def test_scenes_are_those_that_nobody_trained_on():
+    scenes = held_out(CONFIGS["cpu"], 50)
+    assert not torch.equal(scenes.noun, emoji_scenes(range(50), CONFIGS["cpu"].world).noun) and not torch.equal(scenes.noun, held_out(CONFIGS["cpu"], 50, 1).noun)
+    known = understood(CONFIGS["cpu"], 30, 2)
+    assert len(known) == 30 and set(captions_of(known)) <= set(shipped_captions()) and (known.count == 1).all() and len(set(captions_of(known))) > 15
+
+
+def test_whole_is_every_answer_that_was_asked_for():
+    nan = float("nan")
+    answers = {"noun": torch.tensor([1.0, 1.0, 0.5, 1.0]), "colour": torch.tensor([1.0, nan, 1.0, 0.0])}
+    assert all_right(answers).tolist() == [True, True, False, False]
+    scenes = understood(CONFIGS["cpu"], 24)
+    true = draw_emoji(scenes, 32)[0]
+    assert told(true, scenes)["whole"] > 0.8 and told(true.flip(0), scenes)["whole"] < 0.4
+    assert told(3 * true, scenes)["noun"] > 0.5  # what is beyond white is white
+
+
+def test_binding_is_seen():
+    pairs = pairs_of(CONFIGS["cpu"], 40)
+    assert len(pairs) == 40 and (pairs.colour[:, 0] != pairs.colour[:, 1]).all() and (pairs.colour[:, :2] >= 0).all() and not any(word in caption(pairs, 3) for word in (" left ", " on ", "above"))
+    true, exchanged = (draw_emoji(scenes, 32)[0] for scenes in (pairs, replace(pairs, colour=pairs.colour[:, [1, 0, 2]])))
+    assert bound(true, pairs)[0] > 0.9 and bound(exchanged, pairs)[0] < 0.1 and bound(true, pairs)[1] > 0.7
+    assert bound(torch.zeros(40, 3, 32, 32), pairs) == (0.0, 0.0)
+    mixed, judged = bound(torch.cat([true[:20], exchanged[20:]]), pairs)
+    assert 0.3 < mixed < 0.7 and judged > 0.7
+
+
+def test_regions_take_turns_and_the_second_thing_has_the_rest():
+    turns = halves(5, 8)
+    for region, name in zip(turns, ("left", "right", "upper", "lower", "left")): assert torch.equal(region, half_of(name, 8))
+    pairs = pairs_of(CONFIGS["cpu"], 40)
+    left = halves(1, 32).expand(40, -1, -1)
+    apart, crossed = (draw_emoji(moved(pairs, *places), 32)[0] for places in (((0.27, 0.5), (0.73, 0.5), (0.5, 0.5)), ((0.73, 0.5), (0.27, 0.5), (0.5, 0.5))))
+    assert inside(apart, pairs, left) > 0.85 and inside(crossed, pairs, left) < 0.15 and inside(torch.zeros(40, 3, 32, 32), pairs, left) == 0
+
+
+class Words(TextEncoder):
+    "A token a word, whose state is the number of its letters."
+    name, width, longest, pooling = "words", 1, 30, "mean"
+
+    def encode(self, captions):
+        there = torch.arange(max(len(text.split()) for text in captions)) < torch.tensor([len(text.split()) for text in captions])[:, None]
+        rows = [[float(len(word)) for word in text.split()] + [0.0] * (there.shape[1] - len(text.split())) for text in captions]
+        return TextStates(torch.tensor(rows)[..., None], there)
+
+    def spans(self, caption):
+        found, start = [], 0
+        for word in caption.split():
+            start = caption.index(word, start)
+            found.append((start, start + len(word)))
+            start += len(word)
+        return found
+
+
+def test_every_thing_is_painted_into_its_region():
+    pairs, known = pairs_of(CONFIGS["cpu"], 3), encoders_of(CONFIGS["cpu"].encoders)
+    encoders = Encoders(Words(), known.clip, known.image)
+    prompt = encode_prompts(encoders, captions_of(pairs))
+    regions = regions_for(prompt, pairs, halves(3, 32), encoders, (32, 32))
+    words = caption(pairs, 1).split()
+    between = words.index("and")
+    assert regions.shape[0] == 3
+    for number in range(len(words)):
+        painted = regions[1, 1 + number]  # after the null token
+        if number == between: assert not painted.any()
+        else: assert torch.equal(painted, half_of("right" if number < between else "left", 32))
+
+
+# ---- rivals
+
+def test_retrieval_shows_the_training_scene_with_the_caption(monkeypatch):
+    config = TINY.override(**{"world.contents": 40})
+    monkeypatch.setattr(room, "encoders_of", lambda _: Encoders(Words(), None, None))
+    scenes = emoji_scenes(range(40), config.world)
+    captions = captions_of(scenes)
+    number = next(n for n in range(40) if captions.index(captions[n]) == n and n > 3)
+    assert torch.equal(retrieved(config, [captions[number]], 32)[0], draw_emoji(scenes.select([number]), 32)[0][0])
+    found = retrieved(config, ["an unheard caption", captions[number]], 32)
+    assert torch.equal(found[1], retrieved(config, [captions[number]], 32)[0]) and found.shape == (2, 3, 32, 32)
+
+
+def test_another_unet_hears_the_prompt_and_is_of_our_size():
+    pytest.importorskip("diffusers")
+    ours, model = CONFIGS["cpu"], room.other_base(CONFIGS["cpu"])
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (build(ours), model)]
+    assert 1 <= sizes[1] / sizes[0] < 1.2
+    prompt = encode_prompts(encoders_of(ours.encoders), ["a red car", "a banana"])
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1: torch.nn.init.normal_(parameter.data, std=0.05)
+    x, sigma = torch.randn(2, 3, 32, 32), torch.tensor([0.5, 5.0])
+    with torch.no_grad():
+        found, swapped = model(x, sigma, prompt=prompt), model(x, sigma, prompt=prompt.select([1, 0]))
+    assert found.shape == x.shape and (found - swapped).abs().max() > 1e-4
+
+
+def test_an_exchanged_prompt_counts_for_what_it_shows(monkeypatch):
+    model = build(replace(CONFIGS["cpu"], evaluated=2))
+    scenes = understood(model.config, 4)
+    truth = draw_emoji(scenes, 32)[0]
+    def fake(first, second, level): return level
+    monkeypatch.setattr(room, "guided_by_prompt", lambda model, prompt, guidance: None)
+    monkeypatch.setattr(room, "switched", fake)
+    monkeypatch.setattr(room, "heun", lambda level, noise, grid: truth if level < 1 else truth.roll(1, 0))
+    rows = switching_rows(model, scenes, encoders_of(model.config.encoders), 0, 2)
+    early, late = rows[0], rows[-1]
+    assert early["switch"] == 80 and early["second"] >= 0.75 and early["first"] <= 0.25 and late["first"] >= 0.75 and late["second"] <= 0.25
+
+
+# ---- published measures
+
+class Made:
+    "Samples as `generate_data` writes them."
+    def __init__(self, images, folder): self.images, self.folder = images, folder
+    def __len__(self): return len(self.images)
+    def __getitems__(self, rows): return {"images": self.images[rows]}
+
+
+def test_scores_of_clip_are_mean_cosines(tmp_path, monkeypatch):
+    (tmp_path / "captions.txt").write_text("a\nb\nc\n")
+    words, eyes = torch.tensor([[1.0, 0], [0, 2], [3, 3]]), torch.tensor([[2.0, 0], [5, 0], [1, 1]])
+    class Half:
+        def __init__(self, path, device): assert path == "clip" and device == "cpu"
+        def projected(self, captions): return words[["abc".index(text) for text in captions]]
+        def encode(self, pictures): return eyes[((pictures[:, 0, 0, 0] + 1) * 127.5).round().long()]
+    monkeypatch.setattr(room, "ClipText", Half); monkeypatch.setattr(room, "ClipImage", Half)
+    made = Made(torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 4, 4), tmp_path)
+    options = dict(prompts=str(tmp_path / "captions.txt"), clip_path="clip", device="cpu", size=2)
+    assert measure_clip(made, build(TINY), None, **options)["clip"] == pytest.approx(100 * (1 + 0 + 1) / 3, rel=1e-5)
+    for missing in ("prompts", "clip_path"):
+        with pytest.raises(ValueError, match=missing): measure_clip(made, build(TINY), None, **options | {missing: ""})
+    with pytest.raises(ValueError, match="data_path"): measure_fid(made, build(TINY), "features.pt")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_probe_of_each_study_needs_nothing_from_elsewhere(study):
+    found = STUDIES[study]({"study": study, **PROBES[study][0]})
+    assert found and all(row for row in found.get("rows", [found]))
