@@ -78,6 +78,11 @@ def test_a_colour_that_nobody_named_is_told():
         assert regions_of_colours(flat("red", "blue", "white"), ["red"])[0, 0].sum() == 8
 
 
+def test_a_colour_near_none_is_not_painted_although_one_is_nearest():
+    with pytest.warns(UserWarning, match="most of them are #400000"):
+        assert regions_of_colours(flat("red", "#400000", "white"), ["red"], tolerance=150)[0, 0].tolist() == [1] * 8 + [0] * 16
+
+
 def test_what_is_transparent_is_ground(tmp_path):
     pixels = np.zeros((4, 8, 4), np.uint8)
     pixels[:, :4] = (255, 0, 0, 255)
@@ -130,6 +135,8 @@ def test_phrases_are_painted_in_both_encoders(encoders):
     assert words == [0, 0.5, 0.5, 0, 0, 0, 1.0]
     assert painted[0, places["clip"]].amax((1, 2)).gt(0).sum() == 3 and not painted[0, 0].any()
     assert painted[0, places["text"]][6, :, :16].min() == 1 and painted[0, places["text"]][6, :, 16:].max() == 0
+    both = painted_regions(prompt, text, [Stroke("red", region), Stroke("red", 1 - region, 0.25)], encoders, (32, 32))[0, places["text"]][1]
+    assert both[:, :16].unique().tolist() == [1.0] and both[:, 16:].unique().tolist() == [0.25]  # what was painted before stays
     with pytest.raises(ValueError, match="bus"): painted_regions(prompt, text, [Stroke("bus", region)], encoders, (32, 32))
     with pytest.raises(ValueError, match="proportions"): painted_regions(prompt, text, [Stroke("car", region[:32])], encoders, (32, 32))
 
