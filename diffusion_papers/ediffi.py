@@ -329,7 +329,7 @@ def build(
     return Ediffi(config).eval()
 
 
-save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_gate")
+save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_emoji")
 
 # %% ../nbs/papers/04_ediffi.ipynb #4b312aaa
 def load_data(
