@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'CONFIGS', 'save_model', 'load_model', 'load_pretrained', 'SOLVERS', 'STRENGTHS', 'HOOKS', 'NoiseLevels',
-           'Interval', 'node', 'draw_levels', 'ensemble_intervals', 'check_partition', 'Branch', 'growth', 'Ensemble',
-           'EdiffiConfig', 'build_expert', 'Ediffi', 'build', 'load_data', 'training_condition', 'ediffi_loss', 'train',
+           'Interval', 'node', 'draw_levels', 'ensemble_intervals', 'Branch', 'growth', 'Ensemble', 'EdiffiConfig',
+           'build_expert', 'Ediffi', 'build', 'assemble', 'load_data', 'training_condition', 'ediffi_loss', 'train',
            'noise_grid', 'sample', 'paint_weight', 'Brush', 'evaluate', 'generate_data', 'upsample', 'cascade',
            'paint_file', 'enlarge_file']
 
@@ -139,7 +139,7 @@ def ensemble_intervals(
     return [Interval(first, last) for first, last in zip([0.0, *cuts], [*cuts, 1.0])]
 
 
-def check_partition(
+def _check_partition(
     intervals: list[Interval],  # of an ensemble, from low noise to high
 ):
     "Require that every noise level has exactly one owner (`ValueError` names the interval)."
@@ -187,7 +187,7 @@ class Ensemble(nn.Module):
     ):
         super().__init__()
         if len(experts) != len(intervals): raise ValueError(f"experts: expected one for each of {len(intervals)} intervals, got {len(experts)}")
-        check_partition(intervals)
+        _check_partition(intervals)
         self.experts, self.intervals = nn.ModuleList(experts) if isinstance(experts[0], nn.Module) else experts, intervals
         self.register_buffer("cuts", torch.tensor([interval.bounds(noise)[0] for interval in intervals[1:]], dtype=torch.float64), persistent=False)
         self.active = None  # the device on which the expert in use is kept alone; None leaves all where they are
@@ -327,6 +327,20 @@ def build(
 ) -> Ediffi:                              # with initial weights, the same for all experts
     "A model from its configuration."
     return Ediffi(config).eval()
+
+
+def assemble(
+    models: list[Ediffi],  # of one expert each, from low noise to high: 2, 3 or 5
+) -> Ediffi:
+    "An ensemble of experts that were kept apart (`ValueError` where they are not alike)."
+    config = replace(models[0].config, experts=len(models))
+    for number, model in enumerate(models):
+        if len(model.experts) != 1: raise ValueError(f"models: expected one expert each, number {number} has {len(model.experts)}")
+        for name in ("network", "noise", "data_std", "low_level", "high_level", "encoders"):
+            if getattr(model.config, name) != getattr(config, name): raise ValueError(f"models: number {number} has another {name} than the first: {getattr(model.config, name)}")
+    ensemble = build(config)
+    for expert, model in zip(ensemble.experts, models): load_into(expert, model.experts[0].state_dict(), "expert")
+    return ensemble
 
 
 save_model, load_model, load_pretrained = model_files("ediffi", EdiffiConfig, build, "ediffi_emoji")

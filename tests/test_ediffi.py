@@ -16,7 +16,7 @@ from diffusion_papers.core.analytic import gaussian_denoiser
 from diffusion_papers.core.samplers import Counted, heun
 from diffusion_papers.core.training import Draws, TrainingConfig
 from diffusion_papers.ediffi import (
-    CONFIGS, Brush, Ensemble, Interval, NoiseLevels, build, check_partition, draw_levels, ensemble_intervals, growth, node, noise_grid, paint_weight,
+    CONFIGS, Brush, Ensemble, Interval, NoiseLevels, assemble, build, draw_levels, ensemble_intervals, growth, node, noise_grid, paint_weight,
     sample, train)
 from diffusion_papers.topics.painted_words import Stroke, painted_regions
 from diffusion_papers.topics.prompts import encode_prompts, encoders_of
@@ -101,7 +101,7 @@ def test_nodes_that_are_not_there(level, index):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_level_has_one_owner(count):
     intervals = ensemble_intervals(count)
-    check_partition(intervals)
+    ediffi._check_partition(intervals)
     ensemble, levels = Ensemble([None] * count, intervals, NOISE), torch.logspace(-4, 3, 10_000, dtype=torch.float64)
     owners, bounds = ensemble.owner(levels), [interval.bounds(NOISE) for interval in intervals]
     inside = torch.stack([(low <= levels) & (levels < high) for low, high in bounds])
@@ -113,7 +113,7 @@ def test_every_level_has_one_owner(count):
 def test_gaps_and_overlaps_are_named():
     for wrong, words in (([Interval(0, 0.5), Interval(0.75, 1)], "a gap between the quantiles 0.5 and 0.75"), ([Interval(0, 0.5), Interval(0.25, 1)], "an overlap between the quantiles 0.25 and 0.5"),
                          ([Interval(0.25, 1)], "a gap between the quantiles 0.0 and 0.25"), ([Interval(0, 0.5)], "after the last expert")):
-        with pytest.raises(ValueError, match=words): check_partition(wrong)
+        with pytest.raises(ValueError, match=words): ediffi._check_partition(wrong)
     with pytest.raises(ValueError, match="Interval"): Interval(0.5, 0.5)
     with pytest.raises(ValueError, match="experts"): Ensemble([None], ensemble_intervals(3), NOISE)
     with pytest.raises(ValueError, match="count"): ensemble_intervals(4)
@@ -467,3 +467,15 @@ def test_a_picture_file_is_enlarged(tmp_path, encoders):
     write_picture(tmp_path / "odd.png", torch.zeros(3, 15, 24))
     with pytest.raises(ValueError, match="multiples of 2, got 24 x 15"): ediffi.enlarge_file(tmp_path / "odd.png", model=build(UPPER))
     with pytest.raises(ValueError, match="super-resolution"): ediffi.enlarge_file(tmp_path / "small.png", model=build(TINY))
+
+
+def test_experts_that_were_kept_apart_are_assembled():
+    models = [build(replace(TINY, seed=seed)) for seed in range(3)]
+    whole = assemble(models)
+    assert whole.intervals == ensemble_intervals(3, 2, 2) and whole.config.experts == 3
+    x, sigma = torch.randn(3, 3, 32, 32), torch.tensor([0.01, 1.0, 70.0])
+    for model, expert in zip(models, whole.experts):
+        assert all(torch.equal(a, b) for a, b in zip(model.experts[0].state_dict().values(), expert.state_dict().values()))
+    assert whole.owner(sigma).tolist() == [0, 1, 2]
+    for others, words in (([models[0], build(replace(TINY, noise=NoiseLevels())), models[2]], "another noise"), ([whole, *models[1:]], "one expert each"), (models + models[:1], "experts")):
+        with pytest.raises(ValueError, match=words): assemble(others)

@@ -8,7 +8,7 @@ __all__ = ['INTERVALS', 'ARENA', 'WIDER', 'HEARD', 'ANOTHER', 'SWITCHES', 'STUDI
            'captions_of', 'losses', 'all_right', 'told', 'paint_all', 'loss_rows', 'study_intervals', 'study_spirals',
            'study_ensemble', 'pairs_of', 'bound', 'study_listening', 'halves', 'regions_for', 'inside',
            'study_painting', 'retrieved', 'OtherUNet', 'other_base', 'study_rivals', 'study_another', 'study_analyses',
-           'switching_rows', 'headline', 'measure_fid', 'measure_clip', 'demonstrate', 'benchmark']
+           'switching_rows', 'headline', 'measure_fid', 'measure_clip', 'shipped_experts', 'demonstrate', 'benchmark']
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #81d5001c
 import functools
@@ -43,7 +43,7 @@ from ..topics.text import ClipImage, ClipText, shipped_captions
 from ..topics.text_unet import Context, Prompt, TextUNetConfig, without
 from ..topics.two_shapes import expert_experiment
 from ..ediffi import (
-    CONFIGS, Brush, Ediffi, EdiffiConfig, build, build_expert, draw_levels, ediffi_loss, growth, load_data, load_pretrained, node, noise_grid, sample, train)
+    CONFIGS, Brush, Ediffi, EdiffiConfig, assemble, build, build_expert, draw_levels, ediffi_loss, growth, load_data, load_pretrained, node, noise_grid, sample, train)
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #5b50bafb
 INTERVALS = ("low", "middle", "high")  # of an ensemble of three
@@ -535,9 +535,12 @@ def measure_clip(
 METRICS = {"fid": Metric(measure_fid, EXTRACTOR, {"base64": "-", "sr256": "6.95 (three experts in the base)"}), "clip": Metric(measure_clip)}
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #c039bab8
+def shipped_experts(): return assemble([load_pretrained(f"ediffi_expert_{interval}") for interval in INTERVALS])
+
+
 def demonstrate() -> Demonstration:
     "Experts beside their base, and painting."
-    models, stand = {"base": load_pretrained(), "three experts": load_pretrained("ediffi_experts")}, against(CLAIMS["everything right, guidance 3"], select(load_results("ediffi")))
+    models, stand = {"base": load_pretrained(), "three experts": shipped_experts()}, against(CLAIMS["everything right, guidance 3"], select(load_results("ediffi")))
     config, encoders = models["base"].config, encoders_of(models["base"].config.encoders)
     scenes = understood(config, 64, 5)
     prompt = encode_prompts(encoders, captions_of(scenes))
