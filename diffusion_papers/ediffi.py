@@ -703,7 +703,7 @@ def paint_file(
     say("; ".join(f"{stroke.phrase!r} on {stroke.region.mean().item():.0%} of the picture" for stroke in strokes))
     return pictures
 
-
+# %% ../nbs/papers/04_ediffi.ipynb #60c4bccf
 def enlarge_file(
     picture: Path | str,        # a picture of the size that the model enlarges, or of another one
     *,

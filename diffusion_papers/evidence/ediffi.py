@@ -124,7 +124,7 @@ def understood(
 
 def captions_of(scenes): return [caption(scenes, number) for number in range(len(scenes))]
 
-
+# %% ../../nbs/evidence/04_ediffi.ipynb #f6d463db
 @torch.no_grad()
 def losses(
     model: Ediffi,         # one network, or three
@@ -149,7 +149,7 @@ def all_right(
     "Whether every answer that a caption asks for is right."
     return torch.stack([value.isnan() | (value == 1) for value in answers.values()]).all(0)
 
-
+# %% ../../nbs/evidence/04_ediffi.ipynb #2fe27215
 def told(
     pictures: torch.Tensor,  # (N, 3, H, W)
     scenes: Scenes,          # what they should show
@@ -342,7 +342,7 @@ def retrieved(
         first |= {text: first[pool[best]] for text, best in zip(missing, (vectors[1] @ vectors[0].T).argmax(1).tolist())}
     return draw_emoji(scenes.select([first[text] for text in captions]), size)[0]
 
-
+# %% ../../nbs/evidence/04_ediffi.ipynb #918b4d1f
 ANOTHER = 4650  # steps of another U-Net in each of two stages: what it does in the time of our 5,000
 
 
@@ -383,7 +383,7 @@ def other_base(
     model.experts[0] = Denoiser(OtherUNet(config.network, width), EDM(), "edm", "log_sigma", config.data_std)
     return model
 
-
+# %% ../../nbs/evidence/04_ediffi.ipynb #be6d89ac
 def study_rivals(
     setting: dict,  # "rival": "base", "unconditional" or "retrieval", and "seed"; for a probe "count", "steps", "understood"
 ) -> dict:

@@ -160,7 +160,7 @@ class Canvas:
 
     def strokes(self): return [Stroke(phrase, region) for phrase, region in self.regions.items() if phrase.strip() and region.any()]
 
-
+# %% ../../nbs/topics/25_painted_words.ipynb #e8ed9f9b
 def canvas(
     paint: Callable,         # (prompt, strokes, amount, callback) -> pictures (N, 3, H, W); callback(step, ...) is called with steps from 0
     prompts: dict[str, list[str]],  # prompts to choose from, each with phrases
