@@ -29,9 +29,8 @@ from .core.pictures import read_picture, write_picture
 from .core.processes import EDM
 from .core.samplers import SAMPLERS, karras_grid
 from .core.training import TrainingConfig, claim_folder, fit, processes, step_seed
-from diffusion_papers.topics.captioned_pictures import (
-    CaptionedDataset, CaptionedTars, EncodedPictures, augmentation_label, degraded, enlarged, matching_crops, noisy_condition,
-    read_captions)
+from .topics.captioned_pictures import CaptionedDataset, CaptionedTars, EncodedPictures, read_captions
+from .topics.captioned_pictures import augmentation_label, degraded, enlarged, matching_crops, noisy_condition
 from .topics.emoji_world import EmojiConfig, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, read_pictures
 from .topics.listening import guided_by_prompt, mixed_by_guidance
 from .topics.painted_words import at_map_size, painted_regions, strokes_of_painting
@@ -667,7 +666,7 @@ CONFIGS["sr64"] = EdiffiConfig(
 # %% ../nbs/papers/04_ediffi.ipynb #a11670c3
 def _colours(text):
     "Which colour is which phrase, from a text such as \"red: car; #0000ff: banana\"."
-    parts = [part.rpartition(":")[::2] if part.count(":") == 1 else part.partition(":")[::2] for part in text.split(";") if part.strip()]
+    parts = [part.partition(":")[::2] for part in text.split(";") if part.strip()]
     if not parts or not all(colour.strip() and phrase.strip() for colour, phrase in parts):
         raise ValueError(f"colours: expected a colour and a phrase for each region, such as \"red: car; blue: banana\", got {text!r}")
     return {colour.strip(): phrase.strip() for colour, phrase in parts}

@@ -15,8 +15,8 @@ from diffusion_papers.evidence.ediffi import (
 from diffusion_papers.topics.emoji_world import caption, draw_emoji, emoji_scenes
 from diffusion_papers.topics.painted_words import half_of
 from diffusion_papers.topics.prompts import Encoders, encode_prompts, encoders_of
-from diffusion_papers.topics.text import TextEncoder, TextStates, shipped_captions
-from diffusion_papers.topics.text_unet import TextUNetConfig
+from diffusion_papers.topics.text import shipped_captions
+from words import Words
 
 SMALL = dict(batch_size=2, lr=1e-3)
 TINY = ARENA.override(**{"encoders.text": "none", "world.contents": 6, "network.embedding_width": 32, "network.context_width": 16, "training.steps": 2, "branch.steps": 1, "expert.steps": 2}
@@ -117,24 +117,6 @@ def test_regions_take_turns_and_the_second_thing_has_the_rest():
     left = halves(1, 32).expand(40, -1, -1)
     apart, crossed = (draw_emoji(moved(pairs, *places), 32)[0] for places in (((0.27, 0.5), (0.73, 0.5), (0.5, 0.5)), ((0.73, 0.5), (0.27, 0.5), (0.5, 0.5))))
     assert inside(apart, pairs, left) > 0.85 and inside(crossed, pairs, left) < 0.15 and inside(torch.zeros(40, 3, 32, 32), pairs, left) == 0
-
-
-class Words(TextEncoder):
-    "A token a word, whose state is the number of its letters."
-    name, width, longest, pooling = "words", 1, 30, "mean"
-
-    def encode(self, captions):
-        there = torch.arange(max(len(text.split()) for text in captions)) < torch.tensor([len(text.split()) for text in captions])[:, None]
-        rows = [[float(len(word)) for word in text.split()] + [0.0] * (there.shape[1] - len(text.split())) for text in captions]
-        return TextStates(torch.tensor(rows)[..., None], there)
-
-    def spans(self, caption):
-        found, start = [], 0
-        for word in caption.split():
-            start = caption.index(word, start)
-            found.append((start, start + len(word)))
-            start += len(word)
-        return found
 
 
 def test_every_thing_is_painted_into_its_region():

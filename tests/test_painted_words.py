@@ -14,26 +14,9 @@ from PIL import Image
 from diffusion_papers.topics import painted_words
 from diffusion_papers.topics.painted_words import Stroke, at_map_size, paint_levels, painted_regions, regions_of_colours, strokes_of_painting
 from diffusion_papers.topics.prompts import Encoders, encode_prompts
-from diffusion_papers.topics.text import BagOfWords, TextStates, load_tower
+from diffusion_papers.topics.text import BagOfWords, load_tower
 from diffusion_papers.topics.text_unet import token_places
-
-
-class Words:
-    "A text encoder with one token a word."
-    name, width, longest, pooling = "words", 8, 16, "mean"
-
-    def encode(self, captions):
-        longest = max(1, *(len(text.split()) for text in captions))
-        there = torch.arange(longest) < torch.tensor([len(text.split()) for text in captions])[:, None]
-        return TextStates(torch.ones(len(captions), longest, 8), there)
-
-    def spans(self, caption):
-        found, start = [], 0
-        for word in caption.split():
-            start = caption.index(word, start)
-            found.append((start, start + len(word)))
-            start += len(word)
-        return found
+from words import Words
 
 
 @pytest.fixture
