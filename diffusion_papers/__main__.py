@@ -110,7 +110,7 @@ def read_value(
     "A text as a value (`ValueError` says for what, which kinds are expected, and what came)."
     try: value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = text
-    if str in kinds and tuple not in kinds and type(value) not in (str, NoneType): value = text  # a folder may be called 2024
+    if str in kinds and tuple not in kinds and type(value) is not str and not (value is None and NoneType in kinds): value = text  # a folder may be called 2024
     if name.endswith("data_path") and text and not os.path.exists(text): raise ValueError(f"--set: {name}: there is no {reprlib.repr(text)}")
     elements = elements or tuple({type(part) for part in default or ()} if type(default) is tuple else {int})
     try: return fitting(value, kinds, elements)
@@ -326,6 +326,7 @@ def published_rows(args, module):
     model = _model(args, module)
     if args.folder is None: drawing, measuring = divided(args.set, module.generate_data, metric.function)
     else: drawing, (measuring,) = {}, divided(args.set, metric.function)
+    if metric.check: metric.check(model, args.features, **measuring)
     made = _samples(args, module, model, drawing)
     preset = nearest_preset(model.config, module.CONFIGS)
     return [{"metric": args.metric, "samples": len(made), **metric.function(made, model, args.features, device=args.device, **measuring),

@@ -479,3 +479,145 @@ def test_experts_that_were_kept_apart_are_assembled():
     assert whole.owner(sigma).tolist() == [0, 1, 2]
     for others, words in (([models[0], build(replace(TINY, noise=NoiseLevels())), models[2]], "another noise"), ([whole, *models[1:]], "one expert each"), (models + models[:1], "experts")):
         with pytest.raises(ValueError, match=words): assemble(others)
+
+
+def test_sampling_begins_with_noise_of_the_largest_level(monkeypatch, encoders):
+    starts = []
+    monkeypatch.setattr(ediffi, "SAMPLERS", {"heun": lambda denoise, x, sigmas, callback: starts.append((x, sigmas)) or x})
+    sample(build(TINY), 32, prompt="a car", seed=3)
+    ediffi.upsample(build(UPPER), torch.zeros(32, 3, 16, 16), seed=3)
+    for x, sigmas in starts: assert x.std().item() == pytest.approx(80, rel=0.02) and sigmas[0] == 80 and x.shape == (32, 3, 32, 32)
+    assert torch.equal(starts[0][0], 80.0 * torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_style_is_told(monkeypatch, encoders):
+    told, real = [], ediffi.guided_by_prompt
+    monkeypatch.setattr(ediffi, "guided_by_prompt", lambda model, prompt, *rest, **cond: told.append(prompt) or real(model, prompt, *rest, **cond))
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sample(build(TINY), 2, prompt="a car", style=picture, steps=1)
+    with torch.no_grad(): assert torch.allclose(told[0].image, encoders.image(picture).expand(2, -1), atol=1e-6)
+
+
+def test_models_are_judged_on_scenes_of_another_world():
+    from diffusion_papers.topics.emoji_world import emoji_scenes, held_out_pairs
+    config = replace(TINY, world=replace(CONFIGS["cpu"].world, contents=4))
+    asked = ediffi._asked_scenes(config, 300)
+    assert not torch.equal(asked.noun, emoji_scenes(range(300), replace(config.world, contents=0)).noun) and len(asked.noun[:, 0].unique()) > 20
+    for pairs, expected in (("seen", False), ("held_out", True)):
+        scenes = ediffi._asked_scenes(config, 300, pairs)
+        named = scenes.colour >= 0
+        assert named.any() and (held_out_pairs()[scenes.noun, scenes.colour.clamp(min=0)][named] == expected).all()
+
+
+def test_what_is_painted_is_judged_batch_by_batch(monkeypatch, encoders):
+    from diffusion_papers.topics.emoji_world import alignment, caption, draw_emoji, load_judge, read_pictures
+    config, calls = replace(TINY, world=replace(CONFIGS["cpu"].world, most=1, contents=4)), []
+    scenes = ediffi._asked_scenes(config, 30)
+    captions = [caption(scenes, number) for number in range(30)]
+    wrong = draw_emoji(replace(scenes, colour=torch.where(scenes.colour >= 0, (scenes.colour + 3) % 7, -1)), 32)[0]
+    def painted(model, count, *, prompt, seed, **options):
+        calls.append((count, prompt, seed, options))
+        return wrong[[captions.index(text) for text in prompt]]
+    monkeypatch.setattr(ediffi, "sample", painted)
+    [row] = ediffi.evaluate(build(config), 30, batch=13, guidance=2.0, steps=7)
+    assert [count for count, *_ in calls] == [13, 13, 4] and [text for _, prompt, *_ in calls for text in prompt] == captions and len({seed for *_, seed, _ in calls}) == 3
+    assert all(options == {"guidance": 2.0, "steps": 7} for *_, options in calls) and (row["pictures"], row["guidance"], row["calls"]) == (30, 2.0, 13)
+    shown = wrong[[captions.index(text) for text in captions]]
+    for name, answers in alignment(read_pictures(load_judge(), shown), scenes).items():
+        if not answers.isnan().all(): assert row[name] == pytest.approx(answers.nanmean().item())
+    assert row["colour"] < 0.3 < 0.8 < row["colour, true scenes"]
+
+
+def test_every_piece_has_captions_and_noise_of_its_own(tmp_path, monkeypatch, encoders):
+    (tmp_path / "captions.txt").write_text("a\nb\nc\nd\ne\n")
+    calls = []
+    monkeypatch.setattr(ediffi, "sample", lambda model, count, *, prompt, seed, **options: calls.append((prompt, seed)) or torch.zeros(count, 3, 32, 32))
+    ediffi.generate_data(build(TINY), tmp_path / "made", prompts=str(tmp_path / "captions.txt"), size=2, device="cpu")
+    assert [prompt for prompt, _ in calls] == [["a", "b"], ["c", "d"], ["e"]] and len({seed for _, seed in calls}) == 3
+
+
+def test_stages_of_a_cascade_have_noise_and_levels_of_their_own(monkeypatch):
+    from types import SimpleNamespace
+    stage = lambda low, whole: SimpleNamespace(config=SimpleNamespace(low_size=low, whole=whole))
+    calls = []
+    monkeypatch.setattr(ediffi, "sample", lambda model, count, *, prompt, seed: calls.append((None, seed)) or torch.full((count, 3, 8, 8), 3.0))
+    monkeypatch.setattr(ediffi, "upsample", lambda model, low, *, prompt, level, seed: calls.append((level, seed)) or low)
+    ediffi.cascade([stage(0, 8), stage(8, 16), stage(16, 32), stage(32, 64)], 1, prompt="a car", seed=5, levels=(0.1, 0.3))
+    assert [level for level, _ in calls] == [None, 0.1, 0.3, 0.3] and len({seed for _, seed in calls}) == 4 and calls[0][1] == 5
+
+
+def test_branches_are_trained_as_what_they_are_each_with_numbers_of_its_own():
+    config = replace(TINY, experts=3, seed=6, branch=replace(TINY.branch, lr=3e-4), expert=replace(TINY.expert, lr=2e-4))
+    found = {branch.name: ediffi._branch_training(config, branch) for branch in growth(config.intervals)}
+    kinds = {"base": config.training, "E1_0": config.branch, "E2_0": config.expert, "E1_1": config.branch, "E2_3": config.expert, "expert1": config.expert}
+    assert {name: replace(training, seed=0) for name, training in found.items()} == kinds
+    assert found["base"].seed == 6 and len({training.seed for training in found.values()}) == 6
+
+
+def test_networks_are_told_a_quarter_of_the_logarithm_and_scaled_for_their_data():
+    expert, sigma = ediffi.build_expert(replace(TINY, data_std=0.7)), torch.tensor([0.1, 3.0], dtype=torch.float64)
+    skip, out, scale, label = expert.coefficients(torch.zeros(2, 1, dtype=torch.float64), sigma)
+    star = (sigma**2 + 0.49).sqrt()
+    for found, expected in ((skip[:, 0], 0.49 / star**2), (out[:, 0], 0.7 * sigma / star), (scale[:, 0], 1 / star), (label, sigma.log() / 4)): assert torch.allclose(found, expected)
+
+
+def test_the_loss_is_exact(encoders):
+    "What a silent network answers for is the target itself; noise comes after the numbers that silence encoders."
+    from diffusion_papers.topics.prompts import CaptionedScenes
+    batch, interval = CaptionedScenes(TINY.world, 32, encoders).__getitems__(range(8)), node(3, 7)
+    expert = ediffi.build_expert(TINY)
+    expert.network = type("Silent", (torch.nn.Module,), {"forward": lambda self, x, label, prompt: torch.zeros_like(x)})()
+    draws, x0 = Draws(torch.Generator().manual_seed(3)), batch["x0"]
+    sigma = draw_levels(draws.uniform(x0), interval, TINY.noise)[:, None, None, None].float()
+    for _ in range(3): draws.uniform(x0)
+    noise, star = draws.normal(x0), (sigma**2 + 0.25).sqrt()
+    target = (x0 - (0.5 / star) ** 2 * (x0 + sigma * noise)) / (sigma * 0.5 / star)
+    found = ediffi.ediffi_loss(expert, batch, Draws(torch.Generator().manual_seed(3)), TINY, interval, encoders)
+    assert torch.allclose(found, target.square().flatten(1).mean(1), rtol=1e-4)
+
+
+def test_commands_hand_on_what_they_are_told(tmp_path, monkeypatch, encoders):
+    from diffusion_papers.core.pictures import write_picture
+    half, brushes, levels, real = torch.ones(3, 32, 32), [], [], ediffi.Brush
+    half[1:, :, :16] = -1
+    write_picture(tmp_path / "regions.png", half); write_picture(tmp_path / "small.png", torch.zeros(3, 16, 16))
+    class Noted(real):
+        def __init__(self, regions, amount, scale): brushes.append((amount, scale)); super().__init__(regions, amount, scale)
+    monkeypatch.setattr(ediffi, "Brush", Noted)
+    ediffi.paint_file(tmp_path / "regions.png", prompt="a car", colours="red: car", amount=0.3, scale="std", count=1, steps=1, model=build(TINY))
+    up = ediffi.upsample
+    monkeypatch.setattr(ediffi, "upsample", lambda model, small, **options: levels.append(options) or up(model, small, **options))
+    ediffi.enlarge_file(tmp_path / "small.png", prompt="a car", level=0.37, guidance=1.5, steps=1, seed=4, model=build(UPPER))
+    assert brushes == [(0.3, "std")] and levels == [{"prompt": "a car", "level": 0.37, "guidance": 1.5, "steps": 1, "seed": 4}]
+
+
+def test_networks_of_the_papers_size_look_where_they_should():
+    from diffusion_papers.topics.text_unet import TextAttention
+    with torch.device("meta"): networks = {name: ediffi.build_expert(CONFIGS[name]).network for name in ("base64", "sr256", "sr1024")}
+    sizes = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    assert sizes["base64"] == pytest.approx(917.4e6, rel=0.05) and sizes["sr256"] == pytest.approx(0.3e9, rel=0.1)
+    looks = lambda name: [[(look.own is not None) for look in level.attentions] for level in networks[name].down]
+    assert looks("base64") == [[], *[[True] * 3] * 3] and looks("sr256") == [[], [], [], [True]] and looks("sr1024") == [[], [], [], [], [False]]
+    assert sum(isinstance(module, TextAttention) for module in networks["base64"].modules()) == 22
+    for name, batch_size, experts, size in (("base64", 2048, 3, 64), ("sr256", 512, 2, 256), ("sr1024", 512, 1, 1024)):
+        config = CONFIGS[name]
+        assert (config.noise, config.training.batch_size, config.experts, config.whole) == (NoiseLevels(-1.2, 1.2), batch_size, experts, size)
+        assert (config.training.lr, config.training.weight_decay, config.training.ema, config.training.steps) == (1e-4, 0.01, 0.9999, 500_000)
+        assert (config.network.text_width, config.network.clip_width, config.network.image_width, config.network.context_width) == (4096, 768, 768, 1024)
+
+
+
+def test_noise_of_a_smaller_picture_is_not_the_noise_that_it_was_painted_from(tmp_path, monkeypatch, encoders):
+    (tmp_path / "captions.txt").write_text("a\nb\n")
+    starts, noises, real = [], [], ediffi.noisy_condition
+    monkeypatch.setattr(ediffi, "SAMPLERS", {"heun": lambda denoise, x, sigmas, callback: starts.append(x) or x})
+    monkeypatch.setattr(ediffi, "noisy_condition", lambda low, level, noise: noises.append(noise) or real(low, level, noise))
+    base, upper, options = build(replace(TINY, network=replace(TINY.network, image_size=16))), build(UPPER), dict(prompts=str(tmp_path / "captions.txt"), device="cpu")
+    ediffi.generate_data(base, tmp_path / "small", **options)
+    ediffi.generate_data(upper, tmp_path / "large", low=str(tmp_path / "small"), **options)
+    assert abs(torch.corrcoef(torch.stack([starts[0].flatten(), noises[0].flatten()]))[0, 1].item()) < 0.1
+
+
+def test_bounds_of_experts_stay_exact_in_half_precision():
+    model, sigma = build(replace(TINY, experts=3, noise=NoiseLevels(), low_level=3, high_level=9)), torch.tensor([9.6095, 9.6096], dtype=torch.float64)
+    assert model.owner(sigma).tolist() == model.half().owner(sigma).tolist() == [1, 2]

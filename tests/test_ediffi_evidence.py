@@ -60,7 +60,7 @@ def test_the_wider_rival_has_three_times_the_parameters():
     sizes = []
     for config in (ARENA, ARENA.override(**WIDER)):
         with torch.device("meta"): sizes.append(sum(p.numel() for p in room.build_expert(config).parameters()))
-    assert 3 <= sizes[1] / sizes[0] < 3.1
+    assert 3 <= sizes[1] / sizes[0] < 3.15
 
 
 def test_losses_are_those_of_the_owner_in_each_interval():
@@ -68,8 +68,8 @@ def test_losses_are_those_of_the_owner_in_each_interval():
     for number, expert in enumerate(model.experts):
         for parameter in expert.parameters():
             if parameter.ndim > 1: torch.nn.init.normal_(parameter.data, std=0.05 * (number + 1), generator=torch.Generator().manual_seed(number))
-    found = losses(model, TINY, 6)
     scenes, generator = held_out(TINY, 6), torch.Generator().manual_seed(0)
+    found = losses(model, TINY, scenes)
     x0, prompt = draw_emoji(scenes, 32)[0], encode_prompts(encoders_of(TINY.encoders), captions_of(scenes))
     for number, name in enumerate(INTERVALS):
         share = (torch.randperm(6, generator=generator).double() + 0.5) / 6
@@ -78,7 +78,7 @@ def test_losses_are_those_of_the_owner_in_each_interval():
         assert (sigma >= low * 0.999).all() and (sigma < high).all()
         with torch.no_grad(): expected = denoising_loss(model.experts[number], x0, sigma, noise, prompt=prompt).mean().item()
         assert found[name] == pytest.approx(expected, rel=1e-4)
-    assert losses(model, TINY, 6) == found and len(set(found.values())) == 3
+    assert losses(model, TINY, scenes) == found and len(set(found.values())) == 3
 
 
 # ---- what the judge is asked
@@ -204,3 +204,156 @@ def test_a_probe_of_each_study_needs_nothing_from_elsewhere(study):
     if study == "another": pytest.importorskip("diffusers")
     found = STUDIES[study]({"study": study, **PROBES[study][0]})
     assert found and all(row for row in found.get("rows", [found]))
+
+
+def test_who_is_heard_is_who_was_named(monkeypatch):
+    for heard, speaking in (("both", {"text", "clip"}), ("text alone", {"text"}), ("bag of words alone", {"clip"}), ("none", set())):
+        seen = []
+        def painted(model, prompt, guidance, seed, **options): seen.append((prompt, guidance, seed)); return torch.zeros(len(prompt), 3, 32, 32)
+        monkeypatch.setattr(room, "paint_all", painted)
+        room.study_listening({"heard": heard, "guidance": 7.0, "seed": 2, "count": 3, "understood": True})
+        [(prompt, guidance, seed)] = seen
+        assert {name for name in ("text", "clip") if getattr(prompt, name).there.any()} == speaking and (len(prompt), guidance, seed) == (3, 7.0, 2)
+
+
+def test_the_wider_rival_learns_as_long_as_base_and_branches(monkeypatch):
+    trained = []
+    monkeypatch.setattr(room, "load_data", lambda config: None)
+    monkeypatch.setattr(room, "sides", lambda config, base, data: {})
+    monkeypatch.setattr(room, "train", lambda config, **options: trained.append(config) or build(config))
+    room.arena_sides(TINY)
+    base, wider = trained
+    assert (base.experts, base.training.steps, wider.experts, wider.training.steps) == (1, TINY.training.steps, 1, TINY.training.steps + steps_of(TINY))
+    assert wider.network.width == WIDER["network.width"] and wider.training.batch_size == TINY.training.batch_size
+    room.arena_sides(TINY, wider=False)
+    assert len(trained) == 3
+
+
+def painted_by(monkeypatch, **told):
+    "Records what is painted; the judge says what it is told to."
+    calls = []
+    def painted(model, prompt, guidance, seed, regions=None, steps=20, solver="heun", **brush):
+        calls.append({"guidance": guidance, "seed": seed, "regions": regions, "steps": steps, "solver": solver, **brush})
+        return torch.zeros(len(prompt), 3, 32, 32)
+    monkeypatch.setattr(room, "paint_all", painted); monkeypatch.setattr(room, "told", lambda pictures, scenes: dict(told))
+    return calls
+
+
+def test_rivals_are_what_their_names_say(monkeypatch):
+    calls = painted_by(monkeypatch, whole=0.5)
+    for rival in ("base", "unconditional"): room.study_rivals({"rival": rival, "seed": 1, "count": 2, "understood": True})
+    assert [call["guidance"] for call in calls] == [3.0, 0.0]
+    assert room.UNETS == {"ours": build, "diffusers": room.other_base}
+
+
+def test_brushes_of_the_study_are_those_of_its_setting(monkeypatch):
+    calls = painted_by(monkeypatch)
+    found = room.study_painting({"amount": 0.3, "scale": "std", "seed": 1, "count": 2, "two": False})
+    assert [(call["amount"], call["scale"], call["guidance"], call["seed"]) for call in calls] == [(0.3, "std", 3.0, 1)] and calls[0]["regions"].any() and found["rows"][0]["things"] == "one"
+
+
+def test_sides_are_painted_at_both_guidances(monkeypatch):
+    calls = painted_by(monkeypatch, whole=0.25)
+    monkeypatch.setattr(room, "sides", lambda config, base, data: {"base": None, "experts": None})
+    monkeypatch.setattr(room, "load_data", lambda config: None); monkeypatch.setattr(room, "loss_rows", lambda *given: [])
+    rows = room.study_ensemble({"seed": 3, "count": 2, "steps": 5, "smaller": {"encoders.text": "none"}})["rows"]
+    assert [(row["side"], row["guidance"]) for row in rows] == [("base", 1.0), ("experts", 1.0), ("base", 3.0), ("experts", 3.0)] and {row["calls"] for row in rows} == {9}
+    assert sorted({call["guidance"] for call in calls}) == [1.0, 3.0] and {call["seed"] for call in calls} == {3}
+
+
+def test_another_unet_learns_at_the_rate_that_is_asked_for(monkeypatch):
+    painted_by(monkeypatch, whole=0.5)
+    trained = []
+    def fit(model, loss, data, training, **options): trained.append((training, loss.keywords["interval"])); return model
+    monkeypatch.setattr(room, "fit", fit); monkeypatch.setattr(room, "load_data", lambda config: None)
+    monkeypatch.setattr(room, "losses", lambda model, config, scenes: {"low": 1.0, "middle": 2.0, "high": 3.0})
+    found = room.study_another({"unet": "ours", "rate": 3e-3, "seed": 4, "count": 2, "smaller": {"encoders.text": "none"}})
+    [(training, interval)] = trained
+    assert (training.lr, training.seed, training.steps, interval.mass) == (3e-3, 4, ARENA.training.steps, 1)
+    assert found["rows"][-1] == {"interval": "all", "loss": pytest.approx(1 / 8 * 1 + 447 / 512 * 2 + 1 / 512 * 3)}
+
+
+def test_the_second_prompt_is_another_pictures(monkeypatch):
+    model, asked = build(replace(CONFIGS["cpu"], evaluated=2)), []
+    scenes = understood(model.config, 4)
+    monkeypatch.setattr(room, "guided_by_prompt", lambda model, prompt, guidance: (prompt, guidance))
+    monkeypatch.setattr(room, "switched", lambda first, second, level: asked.append((first, second, level)))
+    monkeypatch.setattr(room, "heun", lambda denoise, noise, grid: noise.clamp(-1, 1))
+    switching_rows(model, scenes, encoders_of(model.config.encoders), 0, 2)
+    assert [level for *_, level in asked] == list(room.SWITCHES)
+    for (first, one), (second, two), _ in asked:
+        assert one == two == 3.0 and torch.equal(second.clip.tokens, first.clip.tokens.roll(1, 0)) and torch.equal(second.text.tokens, first.text.tokens.roll(1, 0))
+        assert not torch.equal(second.clip.tokens, first.clip.tokens)
+
+
+def test_hundreds_of_pictures_keep_their_order_and_have_noise_of_their_own(monkeypatch):
+    from diffusion_papers.topics.text_unet import Prompt
+    calls = []
+    def sample(model, count, *, prompt, guidance, steps, solver, brush, seed):
+        calls.append((count, seed, brush, guidance, steps, solver)); return prompt.image
+    monkeypatch.setattr(room, "sample", sample)
+    prompt, regions = Prompt(image=torch.arange(230.0)[:, None]), torch.arange(230.0)[:, None, None, None]
+    assert torch.equal(room.paint_all(None, prompt, 2.0, 5, regions, 7, "euler", amount=0.3, scale="std"), prompt.image)
+    assert [count for count, *_ in calls] == [100, 100, 30] and len({seed for _, seed, *_ in calls}) == 3 and {call[3:] for call in calls} == {(2.0, 7, "euler")}
+    assert torch.equal(torch.cat([brush.regions for _, _, brush, *_ in calls]), regions) and {(brush.amount, brush.scale) for _, _, brush, *_ in calls} == {(0.3, "std")}
+    assert room.paint_all(None, prompt, 2.0, 5).shape == (230, 1) and all(brush is None for _, _, brush, *_ in calls[3:])
+
+
+def test_held_out_scenes_do_not_repeat_their_contents():
+    assert len(set(captions_of(held_out(TINY, 60)))) > 4 * TINY.world.contents
+
+
+def test_binding_is_judged_where_both_things_are_seen():
+    pairs = pairs_of(CONFIGS["cpu"], 40)
+    assert bound(draw_emoji(replace(pairs, count=torch.ones_like(pairs.count)), 32)[0], pairs)[1] < 0.1
+
+
+def test_a_stray_cell_is_no_thing(monkeypatch):
+    from diffusion_papers.topics.emoji_world import Reading
+    scenes, noun = understood(CONFIGS["cpu"], 1), torch.full((1, 16, 16), 558)
+    monkeypatch.setattr(room, "read_pictures", lambda judge, pictures: Reading(noun, noun))
+    noun[0, 0, :2] = scenes.noun[0, 0]
+    assert inside(torch.zeros(1, 3, 32, 32), scenes, halves(1, 32)) == 0  # two cells are none
+    noun[0, 0, 2:4] = scenes.noun[0, 0]
+    assert inside(torch.zeros(1, 3, 32, 32), scenes, halves(1, 32)) == 1
+
+
+def test_pictures_are_compared_with_real_ones_of_their_own_size(monkeypatch):
+    folders = []
+    monkeypatch.setattr(room, "ImageFolder", lambda path, size: folders.append((path, size)))
+    monkeypatch.setattr(room, "reference_moments", lambda images, *rest: images())
+    monkeypatch.setattr(room, "fid", lambda made, features, reference, **options: 3.0)
+    from types import SimpleNamespace
+    assert measure_fid(None, SimpleNamespace(config=CONFIGS["sr1024"]), "features.pt", data_path="real") == {"fid": 3.0} and folders == [("real", 1024)]
+
+
+def _other_unet(config, seed=0):
+    "diffusers' network with weights that are not small, a prompt, and pictures."
+    model, generator = room.other_base(config), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1: torch.nn.init.normal_(parameter.data, std=0.05, generator=generator)
+    return model, encode_prompts(encoders_of(config.encoders), ["a red car", "a banana"]), torch.randn(2, 3, 32, 32, generator=generator)
+
+
+def test_another_unet_does_not_look_at_padding():
+    pytest.importorskip("diffusers")
+    import torch.nn.functional as F
+    from diffusion_papers.topics.text import TextStates
+    model, prompt, x = _other_unet(ARENA.override(**{"encoders.text": "none"}))
+    longer = replace(prompt, clip=TextStates(F.pad(prompt.clip.tokens, (0, 0, 0, 3)), F.pad(prompt.clip.there, (0, 3)), prompt.clip.pooling))
+    sigma = torch.tensor([0.5, 5.0])
+    with torch.no_grad(): assert torch.allclose(model(x, sigma, prompt=prompt), model(x, sigma, prompt=longer), atol=1e-5)
+
+
+
+def test_another_unet_hears_the_noise_level():
+    pytest.importorskip("diffusers")
+    model, prompt, x = _other_unet(ARENA.override(**{"encoders.text": "none"}))
+    with torch.no_grad(): near, far = (model.experts[0].network(x, torch.full((2,), label), prompt) for label in (-0.5, 0.5))
+    assert (near - far).abs().mean() > 1e-3 * near.abs().mean()
+
+
+def test_another_unet_begins_as_its_seed_says():
+    pytest.importorskip("diffusers")
+    one, two, other = (room.other_base(replace(ARENA, seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one) and any(not torch.equal(one[name], other[name]) for name in one)

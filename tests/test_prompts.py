@@ -100,3 +100,45 @@ def test_a_model_may_have_no_text_encoder():
     batch = CaptionedScenes(EmojiConfig(contents=3), 32, found).__getitems__(range(3))
     assert batch.keys() == {"x0", "clip", "clip_there"}
     assert training_prompt(batch, Draws(torch.Generator().manual_seed(0)), EncodersConfig(text="none"), found, 64).text is None
+
+
+def test_states_are_pooled_as_their_encoder_says(encoders):
+    batch = CaptionedScenes(EmojiConfig(contents=3), 32, encoders).__getitems__(range(3))
+    prompt = training_prompt(batch, Draws(torch.Generator().manual_seed(0)), EncodersConfig(), encoders, 64)
+    assert (prompt.text.pooling, prompt.clip.pooling) == (encoders.text.pooling, "sum") == (encode_prompts(encoders, ["a"]).text.pooling, encode_prompts(encoders, ["a"]).clip.pooling)
+
+
+@pytest.mark.parametrize("where, kind", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_t5_has_half_of_its_bits_on_a_gpu(monkeypatch, where, kind):
+    from diffusion_papers.topics import prompts
+    made = []
+    monkeypatch.setattr(prompts, "check_device", lambda device: device)
+    monkeypatch.setattr(prompts, "T5Encoder", lambda path, device, dtype: made.append((path, device, dtype)))
+    prompts._t5(EncodersConfig(text="t5", text_path="here", device=where))
+    assert made == [("here", where, kind)]
+
+
+
+def test_pictures_are_seen_where_they_are(monkeypatch):
+    "Training hands over pictures on a GPU: the tower that sees them must be there, too."
+    from types import SimpleNamespace
+    from diffusion_papers.topics import prompts
+    words = load_tower().words
+    monkeypatch.setattr(prompts, "load_tower", lambda device="cpu": SimpleNamespace(words=words, image=lambda pictures: str(device)))
+    encoders_of.cache_clear()
+    try: assert [encoders_of(EncodersConfig(text="none")).image(SimpleNamespace(device=torch.device(where))) for where in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+    finally: encoders_of.cache_clear()
+
+
+def test_an_empty_caption_is_silence_for_a_clip_too():
+    class Clip:  # start and end, as `ClipText` says of ""
+        def encode(self, captions): return TextStates(torch.ones(len(captions), 2, 8), torch.ones(len(captions), 2, dtype=torch.bool), "last")
+    prompt = encode_prompts(Encoders(None, Clip(), None), ["", "a dog"])
+    assert prompt.clip.there.tolist() == [[False, False], [True, True]]
+
+
+def test_without_an_encoder_of_pictures_no_style_is_told(encoders):
+    alone = Encoders(encoders.text, encoders.clip, None)
+    batch = CaptionedScenes(EmojiConfig(contents=3), 32, alone).__getitems__(range(3))
+    prompt = training_prompt(batch, Draws(torch.Generator().manual_seed(0)), EncodersConfig(drop_image=0.0), alone, 64)
+    assert prompt.image is None or not prompt.image_there.any()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffusion_papers.topics.listening import Watch, attention_shares, first_half, guided_by_prompt, mixed_by_guidance, switched, text_influence
+from diffusion_papers.topics.listening import Watch, attention_shares, first_half, guided_by_prompt, mixed_by_guidance, text_influence
 from diffusion_papers.topics.text import TextStates
 from diffusion_papers.topics.text_unet import (
     ENCODERS, Context, CrossAttention, Prompt, TextAttention, TextUNetConfig, build_text_unet, dropped, token_places, without)
@@ -188,7 +188,7 @@ def test_brushes_touch_pictures_with_the_prompt_alone():
     assert plain.flatten().tolist() == [6.0, 6.0]
     guided = guided_by_prompt(loud, prompt, 3.0, Brush())(torch.zeros(2, 1), torch.full((2,), 5.0))
     assert guided.flatten().tolist() == [0 + 3 * 6.0] * 2  # the silent half stays 0
-    assert guided_by_prompt(loud, prompt, 0.0, Brush())(torch.zeros(2, 1), torch.ones(2)).flatten().tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="guidance: expected above 0 beside a brush"): guided_by_prompt(loud, prompt, 0.0, Brush())
     halved = first_half(lambda logits, there, shape: logits * 0)(torch.ones(4, 1, 2, 3), torch.ones(4, 3, dtype=torch.bool), (1, 2))
     assert halved[:2].sum() == 0 and halved[2:].min() == 1
 
@@ -227,7 +227,37 @@ def test_influence_is_in_units_of_the_datas_variance():
     assert found["with"] == [0.0] and found["without"][0] == pytest.approx(4.0, rel=1e-5) and found["change"][0] == pytest.approx(4.0, rel=1e-5)
 
 
-def test_switch_is_by_noise_level():
-    one, two = (lambda x, sigma, value=value: torch.full_like(x, value) for value in (1.0, 2.0))
-    denoise = switched(one, two, 3.0)
-    assert [denoise(torch.zeros(1), torch.tensor([level])).item() for level in (80.0, 3.01, 3.0, 0.1)] == [1, 1, 2, 2]
+@pytest.mark.parametrize("family", ["adm", "efficient"])
+def test_summaries_reach_the_blocks_beside_the_tokens(family):
+    network, prompt = awake(build_text_unet(replace(CONFIG, family=family))), some_prompt()
+    same_tokens = replace(prompt, text=TextStates(prompt.text.tokens, prompt.text.there, "last"))  # another summary of the same tokens
+    with torch.no_grad(): found = [network(normal(3, 3, 32, 32), torch.zeros(3), told) for told in (prompt, same_tokens)]
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_every_look_is_asked_once():
+    for family, number in (("adm", 2 + 1 + 3), ("efficient", 1 + 1)):  # on the way down, in the middle, on the way up
+        network, shapes = awake(build_text_unet(replace(CONFIG, family=family, blocks=(1, 2)))), []
+        def look(logits, there, shape): shapes.append(shape); return logits
+        with torch.no_grad(): network(normal(1, 3, 32, 32), torch.zeros(1), some_prompt(1), look=look)
+        assert shapes == [(8, 8)] * number == [(8, 8)] * sum(isinstance(module, TextAttention) for module in network.modules())
+
+
+def test_noise_levels_are_told_as_waves_that_scale_and_shift():
+    from diffusion_papers.core.networks import sinusoids
+    network = build_text_unet(replace(CONFIG, time_scale=40.0))
+    label = torch.tensor([-0.3, 0.7])
+    assert torch.allclose(network.embedding.waves(label, None), sinusoids(40.0 * label, 32, network.embedding.config.embedding == "cosines_first"))
+    assert CONFIG.parts.injection == "scale_shift" and network.down[0].blocks[0].embed.out_features == 2 * 32
+
+
+def test_curves_are_of_noisy_pictures():
+    x0, prompt, seen = normal(64, 3, 8, 8), Prompt(text=states(64, 2, 4)), []
+    def model(x, sigma, prompt, look=None):
+        seen.append((x, sigma))
+        if look is not None: look(torch.zeros(64, 1, 1, 3), torch.ones(64, 3, dtype=torch.bool), (1, 1))
+        return x
+    attention_shares(model, x0, prompt, torch.tensor([2.0]), 16, seed=1)
+    text_influence(model, x0, prompt, torch.tensor([2.0]), seed=1)
+    for x, sigma in seen: assert (x - x0).std().item() == pytest.approx(2.0, rel=0.03) and sigma.tolist() == [2.0] * 64 and torch.equal(x, seen[0][0])
+    assert len(seen) == 3

@@ -6,6 +6,7 @@ import torch
 
 from diffusion_papers.core.analytic import mixture_denoiser
 from diffusion_papers.core.samplers import heun, karras_grid
+from diffusion_papers.topics import two_shapes
 from diffusion_papers.topics.two_shapes import (
     ARMS, CAPTIONS, COLOURS, EXPERTS, PLACEMENTS, SHAPES, SpiralNet, caption_weights, caption_worth, colour_masks, colours_present, draw_two_shapes,
     expert_experiment, finite_denoiser, levels_between, numbered_scenes, parameters_of, quantile_levels, read_places, read_shapes, said, same_parameters,
@@ -298,3 +299,40 @@ PICTURE = torch.zeros(1, 3, 16, 16)
     (lambda: spiral_denoiser(0), "centres"), (lambda: expert_experiment(0, steps=2), "steps")])
 def test_bad_input_is_named(call, told):
     with pytest.raises(ValueError, match=told): call()
+
+
+def test_rivals_see_as_many_samples_as_the_ensemble_and_numbers_of_their_own(monkeypatch):
+    trained, held_out, real = [], [], two_shapes.spiral_loss
+    def noted(model, intervals, steps, generator, batch, lr, decay):
+        before = getattr(model, "seen", [])
+        model.seen = before + [(tuple(intervals), steps)]
+        trained.append((model.seen, parameters_of(model), batch, generator.initial_seed()))
+        return model
+    monkeypatch.setattr(two_shapes, "train_spiral", noted)
+    monkeypatch.setattr(two_shapes, "spiral_loss", lambda *given: 0.0)
+    expert_experiment(0, width=8, steps=30, batch=16)
+    everywhere, owned = ((0.0, 1.0),), tuple(EXPERTS.values())
+    small, large = parameters_of(spiral_model(8, 0)), parameters_of(spiral_model(same_parameters(8, 3), 0))
+    expected = [([(everywhere, 30)], small), *(([(everywhere, 30), ((ends,), 10)], small) for ends in owned), ([(everywhere, 30)], large),
+                ([(everywhere, 30)] * 2, small), ([(everywhere, 30), (owned, 30)], small), ([(everywhere, 30)] * 2, large)]
+    assert sorted((seen, size) for seen, size, _, _ in trained) == sorted(expected) and {batch for *_, batch, _ in trained} == {16}
+    seeds = [seed for *_, seed in trained]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_points_that_are_held_out_are_drawn_by_a_seed_of_their_own(monkeypatch):
+    trained, asked, real = set(), set(), two_shapes.spiral_arms
+    monkeypatch.setattr(two_shapes, "train_spiral", lambda model, intervals, steps, generator, *rest: trained.add(generator.initial_seed()) or model)
+    monkeypatch.setattr(two_shapes, "spiral_arms", lambda count, generator: asked.add(generator.initial_seed()) or real(count, generator))
+    for seed in range(5): expert_experiment(seed, width=8, steps=30, batch=16)
+    assert asked and not asked & trained
+
+
+@pytest.mark.parametrize("decay, shares", [(True, [1, 0.75, 0.5, 0.25]), (False, [1, 1, 1, 1])])
+def test_the_learning_rate_falls_to_nothing_or_stays(monkeypatch, decay, shares):
+    rates = []
+    class Noted(torch.optim.Adam):
+        def step(self, *given): rates.append(self.param_groups[0]["lr"]); return super().step(*given)
+    monkeypatch.setattr(torch.optim, "Adam", Noted)
+    train_spiral(spiral_model(8, 0), [(0.0, 1.0)], 4, seeded(), 8, 0.02, decay)
+    assert rates == pytest.approx([0.02 * share for share in shares])

@@ -6,14 +6,15 @@
 __all__ = ['INTERVALS', 'ARENA', 'WIDER', 'BASES', 'SOLVER', 'STEPS', 'HEARD', 'UNETS', 'SWITCHES', 'STUDIES', 'AMOUNTS',
            'EXPERIMENTS', 'PROBES', 'BASELINES', 'CLAIMS', 'METRICS', 'Rebalanced', 'steps_of', 'further', 'sides',
            'held_out', 'understood', 'captions_of', 'losses', 'all_right', 'told', 'paint_all', 'loss_rows',
-           'study_intervals', 'study_spirals', 'study_ensemble', 'pairs_of', 'bound', 'study_listening', 'halves',
-           'regions_for', 'inside', 'study_painting', 'retrieved', 'OtherUNet', 'other_base', 'study_rivals',
-           'study_another', 'study_analyses', 'switching_rows', 'headline', 'measure_fid', 'measure_clip',
-           'shipped_experts', 'demonstrate', 'benchmark']
+           'arena_sides', 'study_intervals', 'study_spirals', 'study_ensemble', 'keep_arena', 'pairs_of', 'bound',
+           'study_listening', 'halves', 'regions_for', 'inside', 'study_painting', 'retrieved', 'OtherUNet',
+           'other_base', 'study_rivals', 'study_another', 'study_analyses', 'switching_rows', 'headline', 'measure_fid',
+           'measure_clip', 'check_fid', 'check_clip', 'shipped_experts', 'demonstrate', 'benchmark']
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #81d5001c
 import functools
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,26 +26,26 @@ from torch.utils.data import Dataset
 from ..workbench.checkpoints import load_into
 from ..workbench.checks import check_device, require
 from ..workbench.registry import Demonstration, Metric
-from ..workbench.results import load_results, select
+from ..workbench.results import load_results, machine, select, write_json
 from ..workbench.tables import Claim, against
 from ..workbench.timing import paired, seconds
 from ..core.data import ImageFolder
 from ..core.denoisers import Denoiser, denoising_loss
 from ..core.processes import EDM
-from ..core.protocols import EXTRACTOR, fid, reference_moments
+from ..core.protocols import EXTRACTOR, fid, load_network, reference_moments
 from ..core.samplers import heun
 from ..core.training import fit, step_seed
 from ..topics.captioned_pictures import read_captions
 from ..topics.emoji_world import (
     LEAST, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, phrase, read_pictures)
-from ..topics.listening import attention_shares, guided_by_prompt, switched, text_influence
+from ..topics.listening import attention_shares, guided_by_prompt, text_influence
 from ..topics.painted_words import Stroke, painted_regions
 from ..topics.prompts import encode_prompts, encoders_of
 from ..topics.text import ClipImage, ClipText, shipped_captions
 from ..topics.text_unet import Context, Prompt, TextUNetConfig, without
-from ..topics.two_shapes import expert_experiment
+from ..topics.two_shapes import expert_experiment, switched
 from ..ediffi import (
-    CONFIGS, Brush, Ediffi, EdiffiConfig, assemble, build, build_expert, draw_levels, ediffi_loss, growth, load_data, load_pretrained, node, noise_grid, sample, train)
+    CONFIGS, Brush, Ediffi, EdiffiConfig, assemble, build, build_expert, draw_levels, ediffi_loss, growth, load_data, load_model, load_pretrained, node, noise_grid, sample, save_model, train)
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #5b50bafb
 INTERVALS = ("low", "middle", "high")  # of an ensemble of three
@@ -130,10 +131,10 @@ def captions_of(scenes): return [caption(scenes, number) for number in range(len
 def losses(
     model: Ediffi,         # one network, or three
     config: EdiffiConfig,  # of an ensemble of three
-    count: int=512,        # scenes
+    scenes: Scenes,        # that nobody trained on, for instance `held_out`
 ) -> dict[str, float]:     # interval -> weighted squared error
-    "The error in each of the three intervals, the same scenes and noise for every model."
-    scenes, generator = held_out(config, count), torch.Generator().manual_seed(0)
+    "The error in each of the three intervals, the same noise for every model."
+    count, generator = len(scenes), torch.Generator().manual_seed(0)
     x0, prompt, found = draw_emoji(scenes, config.whole)[0], encode_prompts(encoders_of(config.encoders), captions_of(scenes)), {}
     for number, (name, interval) in enumerate(zip(INTERVALS, config.intervals)):
         share = (torch.randperm(count, generator=generator).double() + 0.5) / count
@@ -188,20 +189,26 @@ BASES = {"late": {}, "early": {"training.steps": 300}}  # how long the base has 
 def loss_rows(models, config, count=512):
     "Rows of losses, for models by side."
     return [{"side": side, "interval": name, "loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
-            for side, model in models.items() for name, loss in losses(model, config, count).items()]
+            for side, model in models.items() for name, loss in losses(model, config, held_out(config, count)).items()]
+
+
+def arena_sides(
+    config: EdiffiConfig,  # of the arena, with three experts
+    wider: bool=True,      # whether the wider rival is trained, too
+) -> dict[str, Ediffi]:
+    "From the beginning: a base, what grows out of it, and single networks of equal samples."
+    data, single = load_data(config), replace(config, experts=1)
+    models = sides(config, train(single, data=data, device="cpu").experts[0], data)
+    if wider: models["wider"] = train(single.override(**WIDER, **{"training.steps": single.training.steps + steps_of(config)}), data=data, device="cpu")
+    return models
 
 
 def study_intervals(
     setting: dict,  # "base", one of BASES, and "seed"; for a probe "smaller", changes of the configuration, and "count" of scenes
 ) -> dict:
-    "A base, its experts, and single networks of equal samples, from the beginning."
+    "The sides of the arena."
     config = ARENA.override(**BASES[setting["base"]] | {"seed": setting["seed"]} | setting.get("smaller", {}))
-    data, single = load_data(config), replace(config, experts=1)
-    models = sides(config, train(single, data=data, device="cpu").experts[0], data)
-    if setting["base"] == "late":
-        longer = {"training.steps": single.training.steps + steps_of(config)}
-        models["wider"] = train(single.override(**WIDER, **longer), data=data, device="cpu")
-    return {"rows": loss_rows(models, config, setting.get("count", 512))}
+    return {"rows": loss_rows(arena_sides(config, setting["base"] == "late"), config, setting.get("count", 512))}
 
 
 def study_spirals(
@@ -228,6 +235,21 @@ def study_ensemble(
             took = seconds(lambda: pictures.append(paint_all(model, prompt, guidance, setting["seed"], steps=steps)))
             rows.append({"side": side, "guidance": guidance, "calls": 2 * steps - 1, "seconds": took / count, **told(pictures[0], scenes)})
     return {"rows": rows}
+
+# %% ../../nbs/evidence/04_ediffi.ipynb #baf2378e
+def keep_arena(
+    folder: Path | str,                  # where they are written, for instance data/checkpoints
+    config: EdiffiConfig=ARENA,          # of the arena
+):
+    "Train the arena's sides and write each with how it was made."
+    began, models = time.perf_counter(), arena_sides(config)
+    for side, model in models.items():
+        path = Path(folder) / f"ediffi_arena_{side}.safetensors"
+        save_model(path, model.half())
+        write_json(path.with_suffix(".json"), {
+            "command": "python -c 'from diffusion_papers.evidence.ediffi import keep_arena; keep_arena(\"data/checkpoints\")', which trains all sides",
+            "config": model.config.to_dict(), "machine": machine(), "minutes": round((time.perf_counter() - began) / 60, 2), "resumed": False,
+            "metrics": loss_rows({side: load_model(path)}, config)})
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #3f81e4d6
 SOLVER, STEPS = "dpm_solver_pp", 16  # where many pictures are painted: the judge says of them what it says after 20 steps of Heun's method, which ask 39 times
@@ -363,7 +385,7 @@ class OtherUNet(nn.Module):
         self.unet = library.UNet2DConditionModel(
             sample_size=config.image_size // config.patch, in_channels=channels, out_channels=channels, block_out_channels=(width, width), layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
-            norm_num_groups=16, cross_attention_dim=config.context_width)
+            norm_num_groups=max(1, width // 4), cross_attention_dim=config.context_width)  # a group of one channel would forget the noise level
 
     def forward(
         self,
@@ -381,7 +403,9 @@ def other_base(
 ) -> Ediffi:               # with the other network inside
     "Our base with another U-Net of the same widths: nearly as many parameters."
     model = build(replace(config, experts=1))
-    model.experts[0] = Denoiser(OtherUNet(config.network, config.network.width), EDM(), "edm", "log_sigma", config.data_std)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model.experts[0] = Denoiser(OtherUNet(config.network, config.network.width), EDM(), "edm", "log_sigma", config.data_std)
     return model
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #be6d89ac
@@ -408,7 +432,7 @@ def study_another(
     loss = functools.partial(ediffi_loss, config=config, interval=node(0, 0), encoders=encoders_of(config.encoders))
     trained = fit(model.experts[0], loss, load_data(config), replace(config.training, seed=setting["seed"]), device="cpu", title=setting["unet"])
     load_into(model.experts[0], trained.state_dict(), setting["unet"])
-    found = losses(model, config, count)
+    found = losses(model, config, held_out(config, count))
     whole = sum(interval.mass * found[name] for name, interval in zip(INTERVALS, config.intervals))  # as often as training asks
     scenes = understood(config, count, setting["seed"])
     pictures = paint_all(model, encode_prompts(encoders_of(config.encoders), captions_of(scenes)), 3.0, setting["seed"], steps=setting.get("steps", STEPS), solver=SOLVER)
@@ -448,7 +472,7 @@ STUDIES = {"ensemble": study_ensemble, "intervals": study_intervals, "spirals": 
            "rivals": study_rivals, "another": study_another, "analyses": study_analyses}
 AMOUNTS = (0.0, 0.3, 1.0, 3.0)
 EXPERIMENTS = ([{"study": "ensemble", "seed": seed} for seed in range(3)]
-               + [{"study": "intervals", "base": "late", "seed": seed} for seed in range(5)] + [{"study": "intervals", "base": "early", "seed": seed} for seed in range(3)]
+               + [{"study": "intervals", "base": base, "seed": seed} for base in BASES for seed in range(3)]
                + [{"study": "spirals", "seed": seed} for seed in range(5)]
                + [{"study": "listening", "heard": heard, "guidance": guidance, "seed": seed} for heard in HEARD for guidance in (1.0, 3.0, 7.0) for seed in range(3)]
                + [{"study": "painting", "amount": amount, "scale": scale, "seed": seed} for amount in AMOUNTS for scale in ("max", "std") for seed in range(3)]
@@ -495,7 +519,7 @@ def headline() -> str:  # the sentence of the front page
     whole, binding = found["everything right, guidance 3"], found["binding, guidance 3"]
     mean = lambda numbers: f"{100 * sum(numbers) / len(numbers):.0f} %"
     ends = " and ".join(f"{(stand := found[f'loss, {interval}, from the beginning']).ratio:.3f} ({stand.verdict}) at {interval} noise" for interval in INTERVALS)
-    return (f"captions painted whole by three experts: {mean(whole.ours)}, by the best single model of equal samples ({', '.join(whole.rival.values())}): {mean(whole.theirs)} ({whole.verdict}); "
+    return (f"captions painted whole by three experts: {mean(whole.ours)}, by the best single model ({', '.join(whole.rival.values())}): {mean(whole.theirs)} ({whole.verdict}); "
             f"error over that of the best rival: {ends}; colours on their own things: {mean(binding.ours)}")
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #674366f9
@@ -537,7 +561,20 @@ def measure_clip(
     return {"clip": 100 * total / len(made)}
 
 
-METRICS = {"fid": Metric(measure_fid, EXTRACTOR, {"base64": "-", "sr256": "6.95 (three experts in the base)"}), "clip": Metric(measure_clip)}
+def check_fid(model, features, *, data_path="", statistics="", **_):
+    "What `measure_fid` needs."
+    if not (data_path or statistics): raise ValueError("data_path: expected the folder of real pictures, or statistics; got neither")
+    load_network(features)
+
+
+def check_clip(model, network, *, prompts="", clip_path="", **_):
+    "What `measure_clip` needs."
+    if not prompts: raise ValueError("prompts: expected the captions that were painted, got none")
+    if not clip_path: raise ValueError("clip_path: expected the folder of a CLIP, got none")
+    ClipText(clip_path); ClipImage(clip_path)
+
+
+METRICS = {"fid": Metric(measure_fid, EXTRACTOR, {"base64": "-", "sr256": "6.95 (three experts in the base)"}, check_fid), "clip": Metric(measure_clip, check=check_clip)}
 
 # %% ../../nbs/evidence/04_ediffi.ipynb #c039bab8
 def shipped_experts(): return assemble([load_pretrained(f"ediffi_expert_{interval}") for interval in INTERVALS])
@@ -547,7 +584,7 @@ def demonstrate() -> Demonstration:
     "Experts beside their base, and painting."
     base, three = load_pretrained(), shipped_experts()
     config, encoders = three.config.override(**{"encoders.text": "none"}), encoders_of(three.config.encoders)  # whose captions every installation understands
-    errors = {name: losses(model, config, 128) for name, model in {"base": base, "three experts": three}.items()}
+    errors = {name: losses(model, config, held_out(config, 128)) for name, model in {"base": base, "three experts": three}.items()}
     scenes, text, left = understood(config, 16, 5), "a red car", halves(1, config.whole)[0]
     prompt, asked = encode_prompts(encoders, captions_of(scenes)), encode_prompts(encoders, [text] * 8)
     painted = {name: paint_all(model, prompt, 3.0, 0) for name, model in {"base": base, "three experts": three}.items()}

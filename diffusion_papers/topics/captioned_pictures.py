@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'NO_CAPTION', 'NO_PICTURE', 'UNREADABLE', 'OTHER', 'BLUR', 'COARSEST', 'GRAIN', 'WORST', 'DAMAGES',
            'Member', 'tar_members', 'split_name', 'read_shard', 'shard_index', 'find_shards', 'CaptionedTars',
-           'CaptionedDataset', 'coco_captions', 'Prompt', 'coco_prompts', 'read_captions', 'StoredStates',
+           'CaptionedDataset', 'coco_captions', 'CocoPrompt', 'coco_prompts', 'read_captions', 'StoredStates',
            'EncodedPictures', 'enlarged', 'noisy_condition', 'augmentation_label', 'blurred', 'resized', 'grainy',
            'compressed', 'degraded', 'matching_crops']
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from ..workbench.checkpoints import some_of
-from ..workbench.checks import came, check_choice, check_images, check_range, check_seed, check_some, check_tensor, require
+from ..workbench.checks import came, check_choice, check_images, check_range, check_seed, check_some, check_tensor, check_whole, require
 from ..workbench.files import read_json, whole_file
 from ..core.pictures import MAX_PIXELS, to_square
 from ..core.training import Draws, step_seed
@@ -344,7 +344,7 @@ def coco_captions(
     return [(Path(folder) / name, captions) for name, captions in content.values() if captions]
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #8b0bfc56
-class Prompt(NamedTuple):
+class CocoPrompt(NamedTuple):
     "A caption for a model, and the picture that it was written about."
     file: str     # name of the picture's file
     caption: str  # one of its captions
@@ -354,7 +354,7 @@ def coco_prompts(
     annotations_json: Path | str,  # for instance captions_val2014.json
     count: int=30_000,             # pictures, all different
     seed: int=0,                   # of the choice
-) -> list[Prompt]:                 # in a random order
+) -> list[CocoPrompt]:             # in a random order
     "Random pictures of COCO, each with one of its captions at random, as FID-30K asks for."
     check_range(count, "count", 1); check_seed(seed)
     content = [(number, name, captions) for number, (name, captions) in _coco(annotations_json).items() if captions]
@@ -362,7 +362,7 @@ def coco_prompts(
     drawn = []
     for number, name, captions in content:
         which, rank = np.random.SeedSequence((seed, number)).generate_state(2, np.uint64).tolist()
-        drawn.append((rank, number, Prompt(name, captions[which % len(captions)])))
+        drawn.append((rank, number, CocoPrompt(name, captions[which % len(captions)])))
     return [prompt for _, _, prompt in sorted(drawn)[:count]]
 
 
@@ -371,10 +371,14 @@ def read_captions(
     count: int=0,      # how many, the first ones; 0 is all, or 30,000 of COCO's
 ) -> list[str]:
     "Captions of a file (`ValueError` where there are too few)."
-    check_range(count, "count", 0)
-    if Path(path).suffix == ".json": return [prompt.caption for prompt in coco_prompts(path, count or 30_000)]
+    if not isinstance(path, (str, Path)): raise TypeError(f"prompts: expected the name of a file, got {came(path)}")
+    check_whole(count, "count", 0)
     if not Path(path).is_file(): raise FileNotFoundError(f"prompts: there is no file {path}")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if Path(path).suffix.lower() == ".json":
+        try: return [prompt.caption for prompt in coco_prompts(path, count or min(30_000, sum(bool(captions) for _, captions in _coco(path).values())))]
+        except ValueError as error: raise ValueError(f"prompts: {str(error).removeprefix('annotations_json: ')}") from error
+    try: lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error: raise ValueError(f"prompts: {path} is no text in UTF-8 ({error})") from error
     if not lines: raise ValueError(f"prompts: expected one caption a line, {Path(path).name} has none")
     if count > len(lines): raise ValueError(f"count: expected at most the {len(lines)} captions of {Path(path).name}, got {count}")
     return lines[:count or len(lines)]
@@ -443,6 +447,9 @@ class StoredStates:
         there = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
         tokens = torch.zeros(*there.shape, self.width)
         tokens[there] = torch.cat([self._tokens(*place) for place in places]).float()
+        if not torch.isfinite(tokens).all():
+            broken = next(file for file, start, length in places if not torch.isfinite(self._tokens(file, start, length)).all())
+            raise ValueError(f"{broken} is damaged (values that are not finite); without it, its captions are encoded anew: delete it")
         return TextStates(tokens, there, self.pooling)
 
 # %% ../../nbs/topics/22_captioned_pictures.ipynb #e49317d2

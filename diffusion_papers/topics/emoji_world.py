@@ -12,6 +12,7 @@ __all__ = ['VENDORS', 'GROUPS', 'COLOURS', 'PLAIN', 'TEXTURES', 'BACKGROUNDS', '
            'mean_place', 'alignment', 'judge_accuracy', 'make_judge']
 
 # %% ../../nbs/topics/18_emoji_world.ipynb #6e0b970f
+import difflib
 import functools
 import math
 import time
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from ..core.training import TrainingConfig, fit
 from .shapes_world import hashed_uniform
 from ..workbench.checkpoints import data_folder, load_checkpoint, load_into, pretrained_path, save_checkpoint
-from ..workbench.checks import check_choice, check_fields, check_images, check_range, check_seed, clipped, require
+from ..workbench.checks import came, check_choice, check_fields, check_images, check_range, check_seed, clipped, require
 from ..workbench.configs import Config
 from ..workbench.files import read_json
 from ..workbench.results import machine, write_json
@@ -53,7 +54,8 @@ def noun_number(
     name: str,  # of a thing
 ) -> int:       # its place in `nouns()`
     "The number of a thing (`ValueError` for one that is not there)."
-    return nouns().index(check_choice(name, "name", nouns()))
+    if name not in nouns(): raise ValueError(f"name: expected one of the {len(nouns())} things of `nouns()`, got {came(name)}; near it: {', '.join(difflib.get_close_matches(str(name), nouns(), 3, 0.3)) or 'none'}")
+    return nouns().index(name)
 
 # %% ../../nbs/topics/18_emoji_world.ipynb #096d5240
 @functools.cache
@@ -194,7 +196,7 @@ def noun_split(
     table = emoji_table()
     if name == "all": return tuple(range(len(nouns())))
     if name == "masked": return tuple(number for number, noun in enumerate(nouns()) if noun not in table["unmasked"])
-    return tuple(noun_number(noun) for noun in table[check_choice(name, "name", ("forty", "unmasked"))])
+    return tuple(noun_number(noun) for noun in table[check_choice(name, "name", ("all", "forty", "masked", "unmasked"))])
 
 
 @functools.cache
@@ -640,6 +642,7 @@ def alignment(
     scenes: Scenes,  # what they should show
 ) -> dict[str, torch.Tensor]: # question -> share of right answers in each scene, NaN where it is not asked (N,)
     "How far pictures show what their captions say."
+    if len(seen.noun) != len(scenes): raise ValueError(f"seen: expected readings of {len(scenes)} pictures, one a scene, got {len(seen.noun)}")
     answers = [_answers(seen, scenes, index) for index in range(len(scenes))]
     return {name: torch.tensor([answer.get(name, math.nan) for answer in answers]) for name in QUESTIONS}
 

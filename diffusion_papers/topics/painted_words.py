@@ -21,7 +21,7 @@ from ..core.pictures import read_picture
 from .prompts import Encoders
 from .text import phrase_tokens
 from .text_unet import Prompt, token_places
-from ..workbench.checks import came, check_range, check_some, require
+from ..workbench.checks import came, check_choice, check_range, check_some, check_whole, require
 from ..workbench.plots import png, tile
 
 # %% ../../nbs/topics/25_painted_words.ipynb #488f2455
@@ -35,10 +35,11 @@ class Stroke:
 
     def __post_init__(self):
         region = self.region
-        if not isinstance(region, torch.Tensor) or region.ndim != 2: raise ValueError(f"region: expected a tensor (H, W), got {came(region)}")
+        if not isinstance(self.phrase, str): raise TypeError(f"phrase: expected a text, got {came(self.phrase)}")
+        if not isinstance(region, torch.Tensor) or region.ndim != 2 or not region.numel(): raise ValueError(f"region: expected a tensor (H, W), got {came(region)}")
         if not torch.isfinite(region).all() or region.min() < 0 or region.max() > 1:
             raise ValueError(f"region: expected values from 0 to 1, got {region.min().item():.3g} to {region.max().item():.3g}")
-        check_range(self.strength, "strength", 0.0); check_range(self.occurrence, "occurrence", 1)
+        check_range(self.strength, "strength", 0.0, 1e6); check_whole(self.occurrence, "occurrence", 1)
 
 # %% ../../nbs/topics/25_painted_words.ipynb #b54b40ef
 PAINTS = {"red": "#ff0000", "green": "#00ff00", "blue": "#0000ff", "yellow": "#ffff00", "cyan": "#00ffff", "magenta": "#ff00ff",
@@ -96,7 +97,7 @@ def strokes_of_painting(
 ) -> list[Stroke]:
     "A painting as strokes (`ValueError` for a colour that is not there)."
     regions = regions_of_colours(picture, list(phrases), ground, tolerance)
-    parts = [re.fullmatch(r"(.*?)(?::(\d+))?", phrase.strip()) for phrase in phrases.values()]
+    parts = [re.fullmatch(r"(.*?)(?::(\d{1,9}))?", phrase.strip()) for phrase in phrases.values()]
     return [Stroke(part[1], region, occurrence=int(part[2] or 1)) for part, region in zip(parts, regions)]
 
 # %% ../../nbs/topics/25_painted_words.ipynb #cdc2e8c6
@@ -110,6 +111,10 @@ def painted_regions(
     "Strengths of all tokens that a network is told (`ValueError` for a phrase that is not in the caption, or a region of other proportions)."
     places = token_places(prompt)
     regions = torch.zeros(max(place.stop for place in places.values()), *size)
+    for name, encoder in (("text", encoders.text), ("clip", encoders.clip)):
+        if name not in places: continue
+        heard, found = int(getattr(prompt, name).there[0].sum()), len(encoder.spans(text))
+        if heard and heard != found: raise ValueError(f"text: expected the caption of the prompt, {heard} tokens for {encoder.name}, got {found} tokens: {came(text)}")
     for stroke in strokes:
         height, width = stroke.region.shape
         if height * size[1] != width * size[0]:
@@ -119,7 +124,7 @@ def painted_regions(
             if name not in places: continue
             try: tokens = phrase_tokens(text, encoder.spans(text), stroke.phrase, stroke.occurrence)
             except ValueError:
-                if name == "text": raise
+                if name == "text" or "text" not in places: raise
                 continue  # a bag of words need not know them
             for token in tokens:
                 regions[places[name].start + token] = torch.maximum(regions[places[name].start + token], region)
@@ -142,6 +147,8 @@ def half_of(
     side: int,  # squares along each side, even
 ) -> torch.Tensor: # 1 in the half, 0 elsewhere (side, side)
     "A half of a picture as a region."
+    check_choice(name, "name", HALVES)
+    if check_whole(side, "side", 2) % 2: raise ValueError(f"side: expected an even number of squares, got {side}")
     region = torch.zeros(side, side)
     region[tuple(slice(*(end and int(end * side) for end in (part.start, part.stop))) for part in HALVES[name])] = 1
     return region
@@ -154,6 +161,7 @@ class Canvas:
         self,
         side: int=8,  # squares along each side, even
     ):
+        if check_whole(side, "side", 2) % 2: raise ValueError(f"side: expected an even number of squares, got {side}")
         self.side, self.regions = side, {}
 
     def region(self, phrase): return self.regions.setdefault(phrase, torch.zeros(self.side, self.side))

@@ -72,8 +72,8 @@ def encoders_of(
     if config.clip == "clip":
         folder = _brought(config, "clip_path")
         return Encoders(text, ClipText(folder, device=config.device), ClipImage(folder, device=config.device).encode)
-    tower = load_tower()
-    return Encoders(text, BagOfWords(tower), tower.image)
+    tower_on = functools.cache(load_tower)  # one for each device from which pictures come
+    return Encoders(text, BagOfWords(tower_on("cpu")), lambda pictures: tower_on(str(pictures.device)).image(pictures))
 
 # %% ../../nbs/topics/23_prompts.ipynb #abf8e79e
 def encode_prompts(
@@ -84,14 +84,14 @@ def encode_prompts(
     "What a model is told."
     vector = None
     if style is not None:
-        check_images(style, "style")
+        if check_images(style, "style").shape[1] != 3: raise ValueError(f"style: expected colour pictures (B, 3, H, W), got shape {tuple(style.shape)}")
         if len(style) not in (1, len(captions)): raise ValueError(f"style: expected 1 picture or {len(captions)}, one a caption, got {len(style)}")
         if encoders.image is None: raise ValueError("style: this model has no encoder of pictures that could see it")
-        with torch.no_grad(): vector = encoders.image(style).expand(len(captions), -1)
+        with torch.no_grad(): vector = encoders.image(style.float()).expand(len(captions), -1)
     if encoders.text is encoders.clip is None: raise ValueError("prompt: this model has no text encoder that could read it")
     text, clip = (encoder and encoder.encode(captions) for encoder in (encoders.text, encoders.clip))
     spoken = torch.tensor([bool(words.strip()) for words in captions])[:, None]  # an empty caption still has special tokens
-    return Prompt(text and TextStates(text.tokens, text.there & spoken, text.pooling), clip, vector)
+    return Prompt(*(states and TextStates(states.tokens, states.there & spoken, states.pooling) for states in (text, clip)), vector)
 
 # %% ../../nbs/topics/23_prompts.ipynb #1530adbc
 class CaptionedScenes(Dataset):
@@ -118,7 +118,9 @@ class CaptionedScenes(Dataset):
             batch |= {name: states.tokens, f"{name}_there": states.there}
         return batch
 
-    def __getitem__(self, index): return {name: value[0] for name, value in self.__getitems__([index]).items()}
+    def __getitem__(self, index):
+        if not 0 <= index < len(self): raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 # %% ../../nbs/topics/23_prompts.ipynb #965d95ca
 def training_prompt(
@@ -134,5 +136,7 @@ def training_prompt(
     style, heard = torch.zeros(len(x0), image_width, device=x0.device), ~silent["image"]
     if encoders.image and heard.any():
         with torch.no_grad(): style[heard] = encoders.image(x0[heard]).to(style)
+    lacking = [name for name in ("text", "clip") if getattr(encoders, name) is not None and not {name, f"{name}_there"} <= batch.keys()]
+    if lacking: raise ValueError(f"data: expected states of captions, {lacking[0]!r} and '{lacking[0]}_there', beside x0 (see `EncodedPictures`); got {', '.join(batch)}")
     states = {name: TextStates(batch[name], batch[f"{name}_there"], getattr(encoders, name).pooling) for name in ("text", "clip") if name in batch}
-    return dropped(Prompt(**states, image=style), **silent)
+    return dropped(Prompt(**states, image=style if encoders.image else None), **silent)

@@ -45,6 +45,8 @@ def check_captions(
         raise TypeError(f"captions: expected a list of texts, got {came(captions)}")
     for number, text in enumerate(captions):
         if not isinstance(text, str): raise TypeError(f"captions: expected texts, got {came(text)} as number {number}")
+        try: text.encode()
+        except UnicodeEncodeError as error: raise ValueError(f"captions: expected text in UTF-8, got {came(text)} as number {number}") from error
     return list(check_some(captions, "captions"))
 
 
@@ -203,6 +205,8 @@ def _network(loader, folder, **options):
     logging.disable_progress_bar()  # it would be written into the page of a notebook
     options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told below
     try: found, about = loader.from_pretrained(folder, **options)
+    except ImportError: raise
+    except Exception as error: raise ValueError(f"path: the weights in {folder} cannot be read ({error})") from error  # the library raises several kinds
     finally:
         logging.set_verbosity(loud)
         if shown: logging.enable_progress_bar()
@@ -240,7 +244,9 @@ class LocalText(TextEncoder):
     @functools.cached_property
     def tokenizer(self):
         "The tokenizer, loaded when it is needed first (`ValueError` for one that does not know where its tokens stand)."
-        found = require("transformers", "text").AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        try: found = require("transformers", "text").AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except ImportError: raise
+        except Exception as error: raise ValueError(f"path: the tokenizer in {self.folder} cannot be read ({error})") from error  # the library raises several kinds
         if not found.is_fast: raise ValueError(f"path: {self.folder} needs a tokenizer.json, which says where tokens stand")
         return found
 
@@ -255,7 +261,7 @@ class LocalText(TextEncoder):
         cut = [number for number, ids in enumerate(whole) if len(ids) > self.longest]
         if not cut: return whole
         count, more = len(whole[cut[0]]), f" ({len(cut) - 1} more captions are too long)" if len(cut) > 1 else ""
-        warnings.warn(f"captions: {captions[cut[0]]!r} has {count} tokens, and {self.name} takes {self.longest}: {count - self.longest} are cut{more}", stacklevel=3)
+        warnings.warn(f"captions: {came(captions[cut[0]])} has {count} tokens, and {self.name} takes {self.longest}: {count - self.longest} are cut{more}", stacklevel=3)
         return self.tokenizer(captions, padding=False, truncation=True, max_length=self.longest)["input_ids"]
 
     def _states(self, ids):
@@ -549,7 +555,7 @@ class BagOfWords(TextEncoder):
         "Number, first character, and one behind the last, of the known words, in alphabetical order; what is too long is cut aloud."
         found = [(vocabulary()[word], start, end) for word, start, end in _placed_words(text) if word in vocabulary()]
         if len(found) > self.longest:
-            warnings.warn(f"captions: {text!r} has {len(found)} known words, and {self.name} takes {self.longest}: {len(found) - self.longest} are cut", stacklevel=3)
+            warnings.warn(f"captions: {came(text)} has {len(found)} known words, and {self.name} takes {self.longest}: {len(found) - self.longest} are cut", stacklevel=3)
         return sorted(found[:self.longest])
 
     def encode(
@@ -803,7 +809,7 @@ def _spoken(text):
 def _occurrence(words, wanted, phrase, occurrence):
     "The words of one occurrence of a phrase (`ValueError` where there is none)."
     starts = [first for first in range(len(words) - len(wanted) + 1) if [word for word, _, _ in words[first:first + len(wanted)]] == wanted]
-    if not starts: raise ValueError(f"phrase: {phrase!r} is not in the prompt, whose words are {', '.join(word for word, _, _ in words) or 'none'}")
+    if not starts: raise ValueError(f"phrase: {phrase!r} is not in the prompt, whose words are {', '.join(word for word, _, _ in words[:24]) or 'none'}{', ...' * (len(words) > 24)}")
     if occurrence > len(starts): raise ValueError(f"occurrence: {phrase!r} stands {len(starts)} times in the prompt, and number {occurrence} was asked for")
     return words[starts[occurrence - 1]:][:len(wanted)]
 

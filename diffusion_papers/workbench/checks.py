@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'require', 'came', 'check_tensor', 'check_images', 'clipped', 'check_choice', 'check_device', 'check_range',
-           'check_fields', 'check_seed', 'check_some']
+           'check_whole', 'check_fields', 'check_seed', 'check_some']
 
 # %% ../../nbs/workbench/01_checks.ipynb #dc3a22ed
 import importlib
+import operator
 
 import torch
 
@@ -114,6 +115,20 @@ def check_range(
         expected = f"at least {low}" if high == float("inf") else f"a value in [{low}, {high}]"
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return value
+
+
+def check_whole(
+    value: int,    # what came
+    name: str,     # the argument's name
+    low: int,      # smallest valid value
+    high: float=float("inf"),  # largest valid value
+) -> int:          # value, as Python's own number
+    "Require a whole number, low <= value <= high (`TypeError` for what is none, `ValueError` for one out of range)."
+    try: whole = None if isinstance(value, (bool, torch.Tensor)) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError): whole = None
+    if whole is None and isinstance(value, (bool, float)): raise ValueError(f"{name}: expected a whole number, got {value}")
+    if whole is None: raise TypeError(f"{name}: expected a whole number, got {came(value)}")
+    return check_range(whole, name, low, high)
 
 
 def check_fields(

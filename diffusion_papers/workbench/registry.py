@@ -151,6 +151,7 @@ class Metric:
     function: Callable     # (samples, model, network, *, device, values for --set) -> numbers by name; the network is the file of --features, or None
     asks: str = ""         # what that network says, in words; "" where none is asked
     published: dict = field(default_factory=dict)  # preset -> what the paper reports, and for which setting
+    check: Callable | None = None  # (model, network, **values for --set): what is wrong is said before samples are drawn
 
 # %% ../../nbs/workbench/08_registry.ipynb #85e1969d
 COMMANDS = {  # command -> what a paper must offer for it
