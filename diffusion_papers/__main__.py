@@ -100,6 +100,14 @@ def fitting(
     return tuple(fitting(part, elements) for part in (value if type(value) in (tuple, list) else (value,)))
 
 
+def _literal(text, kinds):
+    "What a text stands for; where a text is wanted it stays one, since a folder may be called 2024."
+    try: value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError): return text
+    texts = [str] + [NoneType] * (NoneType in kinds)
+    return text if str in kinds and tuple not in kinds and type(value) not in texts else value
+
+
 def read_value(
     name: str,           # of what it is for
     text: str,           # what was typed
@@ -108,9 +116,7 @@ def read_value(
     elements: tuple=(),  # kinds of the elements of a list; () is those of the default's
 ):
     "A text as a value (`ValueError` says for what, which kinds are expected, and what came)."
-    try: value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError): value = text
-    if str in kinds and tuple not in kinds and type(value) is not str and not (value is None and NoneType in kinds): value = text  # a folder may be called 2024
+    value = _literal(text, kinds)
     if name.endswith("data_path") and text and not os.path.exists(text): raise ValueError(f"--set: {name}: there is no {reprlib.repr(text)}")
     elements = elements or tuple({type(part) for part in default or ()} if type(default) is tuple else {int})
     try: return fitting(value, kinds, elements)
