@@ -33,7 +33,7 @@ from .topics.captioned_pictures import CaptionedDataset, CaptionedTars, EncodedP
 from .topics.captioned_pictures import augmentation_label, degraded, enlarged, matching_crops, noisy_condition
 from .topics.emoji_world import JUDGED, EmojiConfig, Scenes, alignment, caption, draw_emoji, emoji_scenes, load_judge, read_pictures
 from .topics.large_pictures import opacity_for
-from .topics.listening import MOST, guided_by_prompt, mixed_by_guidance
+from .topics.listening import MOST_GUIDANCE, guided_by_prompt, mixed_by_guidance
 from .topics.painted_words import at_map_size, painted_regions, strokes_of_painting
 from .topics.prompts import CaptionedScenes, Encoders, EncodersConfig, encode_prompts, encoders_of, training_prompt
 from .topics.text_unet import Prompt, TextUNetConfig, build_text_unet, token_places
@@ -501,7 +501,7 @@ def sample(
     callback: Callable | None=None,    # called with (step, x, x_0 estimate)
 ) -> torch.Tensor:                     # pictures (count, 3, H, W), about [-1, 1]
     "Paint what a text says."
-    check_whole(count, "count", 1); check_range(guidance, "guidance", 0.0, MOST); check_seed(seed); check_choice(solver, "solver", SOLVERS)
+    check_whole(count, "count", 1); check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_seed(seed); check_choice(solver, "solver", SOLVERS)
     if not isinstance(model, Ediffi): raise TypeError(f"model: expected a model, for instance load_pretrained(), got {came(model)}")
     if model.config.low_size: raise ValueError("model: expected a base, got a super-resolution model, which enlarges pictures (`upsample`)")
     sigmas = noise_grid(steps)
@@ -604,7 +604,7 @@ def evaluate(
 ) -> list[dict]:              # one row: shares of right answers by the judge to what the captions ask, and its shares on true scenes; none for pictures of yours
     "Paint captions, or enlarge reduced scenes, and let the judge read the pictures."
     config, count = model.config, check_whole(model.config.evaluated if count is None else count, "count", 1)
-    check_range(guidance, "guidance", 0.0, MOST); check_seed(seed); check_whole(batch, "batch", 1); check_choice(pairs, "pairs", ("seen", "held_out")); noise_grid(steps)
+    check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_seed(seed); check_whole(batch, "batch", 1); check_choice(pairs, "pairs", ("seen", "held_out")); noise_grid(steps)
     if config.data != "emoji": return []
     if config.whole % JUDGED: raise ValueError(f"model: the judge reads pictures whose side is a multiple of {JUDGED} pixels, this model's are {config.whole}")
     scenes, judge = _asked_scenes(config, count, pairs), load_judge()
@@ -642,7 +642,7 @@ def upsample(
     low, least = check_images(low, "low").float(), config.network.patch << len(config.network.multipliers) - 1
     if low.shape[1] != config.network.channels or any(side * config.factor % least for side in low.shape[2:]):
         raise ValueError(f"low: expected shape (B, {config.network.channels}, h, w) with sides that are multiples of {max(1, least // config.factor)}, got {tuple(low.shape)}")
-    check_range(guidance, "guidance", 0.0, MOST); check_range(level, "level", 0.0, 1e6); check_seed(seed); check_choice(solver, "solver", SOLVERS)
+    check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_range(level, "level", 0.0, 1e6); check_seed(seed); check_choice(solver, "solver", SOLVERS)
     sigmas, generator = noise_grid(steps), torch.Generator().manual_seed(step_seed(seed, config.low_size) % 2**63)  # not the noise from which `sample` painted the smaller picture
     cond, spoiled = {}, low.to(model.device)
     if config.augment == "gaussian":
@@ -716,7 +716,7 @@ def paint_file(
 ) -> torch.Tensor:              # pictures (count, 3, H, W)
     "Paint what a text says, where a painting says."
     if not isinstance(prompt, str): raise TypeError(f"prompt: expected a text, got {came(prompt)}")
-    check_whole(count, "count", 1); check_range(guidance, "guidance", 1e-6, MOST); check_seed(seed); noise_grid(steps)
+    check_whole(count, "count", 1); check_range(guidance, "guidance", 1e-6, MOST_GUIDANCE); check_seed(seed); noise_grid(steps)
     check_range(amount, "amount", 0.0, 1e6); check_choice(scale, "scale", STRENGTHS); check_device(device)
     if output is not None: check_other(check_output(output, "output", (".png",)), painting)
     say, strokes = say or (lambda line: None), strokes_of_painting(painting, _colours(colours), ground, tolerance)
@@ -749,7 +749,7 @@ def enlarge_file(
     say: Callable | None=None,  # called with the sizes
 ) -> torch.Tensor:              # (1, 3, factor H, factor W)
     "Enlarge a picture."
-    check_range(level, "level", 0.0, 1e6); check_range(guidance, "guidance", 0.0, MOST); check_seed(seed); noise_grid(steps); check_device(device)
+    check_range(level, "level", 0.0, 1e6); check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_seed(seed); noise_grid(steps); check_device(device)
     if output is not None: check_other(check_output(output, "output", (".png",)), picture)
     say, given = say or (lambda line: None), read_picture(picture, "picture", max_pixels)
     small, model = given.colour[None], load_pretrained("ediffi_sr") if model is None else model
@@ -829,7 +829,7 @@ def generate_data(
     device: str | None=None, # "cpu", "cuda", or None for the best there is
 ) -> Generated:              # pictures (3, H, W), uint8
     "Paint many captions, in pieces that several processes share; what is there is kept."
-    check_whole(count, "count", 0); check_range(guidance, "guidance", 0.0, MOST); check_seed(seed); check_choice(solver, "solver", SOLVERS); noise_grid(steps)
+    check_whole(count, "count", 0); check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_seed(seed); check_choice(solver, "solver", SOLVERS); noise_grid(steps)
     check_range(level, "level", 0.0, 1e6); check_whole(size, "size", 1); check_choice(pairs, "pairs", ("seen", "held_out"))
     captions, small = _prompts_of(model.config, prompts, count, pairs), _smaller(model, low)
     if small is not None and len(small) < len(captions): raise ValueError(f"low: expected a picture for each of {len(captions)} captions, {low} has {len(small)}")

@@ -215,6 +215,15 @@ def _network(loader, folder, **options):
     return found.eval().requires_grad_(False)
 
 
+def _tokenizer(folder):
+    "The tokenizer of a folder (`ValueError` where it cannot be read, or does not know where its tokens stand)."
+    library = require("transformers", "text")
+    try: found = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error: raise ValueError(f"path: the tokenizer in {folder} cannot be read ({error})") from error  # the library raises several kinds
+    if not found.is_fast: raise ValueError(f"path: {folder} needs a tokenizer.json, which says where tokens stand")
+    return found
+
+
 def _without_space(text, start, end):
     "A span without white space at its ends: some tokenizers count the space in front of a word."
     inner = text[start:end].strip()
@@ -244,11 +253,7 @@ class LocalText(TextEncoder):
     @functools.cached_property
     def tokenizer(self):
         "The tokenizer, loaded when it is needed first (`ValueError` for one that does not know where its tokens stand)."
-        try: found = require("transformers", "text").AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except ImportError: raise
-        except Exception as error: raise ValueError(f"path: the tokenizer in {self.folder} cannot be read ({error})") from error  # the library raises several kinds
-        if not found.is_fast: raise ValueError(f"path: {self.folder} needs a tokenizer.json, which says where tokens stand")
-        return found
+        return _tokenizer(self.folder)
 
     @functools.cached_property
     def model(self):

@@ -130,7 +130,7 @@ def check_whole(
     if whole is None: raise TypeError(f"{name}: expected a whole number, got {came(value)}")
     return check_range(whole, name, low, high)
 
-
+# %% ../../nbs/workbench/01_checks.ipynb #52553c82
 def check_fields(
     config,                     # has the fields
     bounds: dict[str, tuple],   # field -> smallest and largest valid value; of a tuple, those of its elements
