@@ -257,6 +257,7 @@ class EdiffiConfig(Config):
     picture_size: int = 0       # pixels of whole pictures, where training takes crops of network.image_size; 0: no crops
     augment: str = "gaussian"   # what smaller pictures suffer in training: "gaussian" noise of a level that is told, "degradation", "none"
     augment_most: float = 0.5   # largest level of that noise, in sigma
+    residual: bool = False      # whether a super-resolution model learns what the enlarged smaller picture lacks, instead of the picture; data_std is that of the difference
     experts: int = 1            # 1, 2, 3 or 5
     low_level: int = 3          # level of the tree at which the low-noise expert is
     high_level: int = 9         # level at which the high-noise expert is
@@ -279,6 +280,7 @@ class EdiffiConfig(Config):
             raise ValueError(f"low_size: with low_size {self.low_size} and augment {self.augment!r}, network.conditioning and network.augmented must be {wanted}, "
                              f"got {(self.network.conditioning, self.network.augmented)}")
         ensemble_intervals(self.experts, self.low_level, self.high_level)
+        if self.residual and not self.low_size: raise ValueError("residual: expected False for a base, which has no smaller picture, got True")
         if self.network.channels != 3: raise ValueError(f"network.channels: expected 3, pictures here are coloured, got {self.network.channels}")
         if self.picture_size and not self.low_size: raise ValueError(f"picture_size: expected 0 for a base, which learns whole pictures of network.image_size, got {self.picture_size}")
         if self.low_size and (self.whole % self.low_size or self.whole <= self.low_size):
@@ -349,7 +351,7 @@ def assemble(
     config = replace(check_some(models, "models")[0].config, experts=len(models))
     for number, model in enumerate(models):
         if len(model.experts) != 1: raise ValueError(f"models: expected one expert each, number {number} has {len(model.experts)}")
-        for name in ("network", "noise", "data_std", "low_level", "high_level", "encoders"):
+        for name in ("network", "noise", "data_std", "low_size", "residual", "low_level", "high_level", "encoders"):
             if getattr(model.config, name) != getattr(config, name): raise ValueError(f"models: number {number} has another {name} than the first: {getattr(model.config, name)}")
     ensemble = build(config)
     for expert, model in zip(ensemble.experts, models): load_into(expert, model.experts[0].state_dict(), "expert")
@@ -399,7 +401,8 @@ def ediffi_loss(
     x0, cond = training_condition(batch["x0"], draws, config)
     sigma = draw_levels(draws.uniform(x0), interval, config.noise)
     prompt = training_prompt(batch, draws, config.encoders, encoders, config.network.image_width)
-    return denoising_loss(expert, x0, sigma, draws.normal(x0), prompt=prompt, **cond)
+    clean = x0 - cond["condition"] if config.residual else x0
+    return denoising_loss(expert, clean, sigma, draws.normal(x0), prompt=prompt, **cond)
 
 # %% ../nbs/papers/04_ediffi.ipynb #317875a8
 def _branch_training(config, branch):
@@ -611,7 +614,7 @@ def evaluate(
     captions, true = [caption(scenes, number) for number in range(count)], draw_emoji(scenes, config.whole)[0]
     def draw(start):
         part, options = slice(start, start + batch), {"guidance": guidance, "steps": steps, "seed": step_seed(seed, start) % 2**31}
-        if config.low_size: return upsample(model, reduced(true[part], config.low_size), prompt=captions[part], **options).cpu()
+        if config.low_size: return upsample(model, reduced(true[part], config.low_size), prompt=captions[part], level=0.0, **options).cpu()  # they are perfect
         return sample(model, len(captions[part]), prompt=captions[part], **options).cpu()
     painted = torch.cat([draw(start) for start in range(0, count, batch)]).clamp(-1, 1)
     row = {"pictures": count, "guidance": guidance, "calls": 2 * steps - 1, **_shares(judge, painted, scenes)}
@@ -622,7 +625,7 @@ def evaluate(
 CONFIGS["gate"] = replace(CONFIGS["cpu"], world=EmojiConfig(nouns="forty", most=1, backgrounds="plain", contents=6000),
                           training=replace(CONFIGS["cpu"].training, steps=5000))
 
-# %% ../nbs/papers/04_ediffi.ipynb #59beb96a
+# %% ../nbs/papers/04_ediffi.ipynb #0e107352
 @torch.no_grad()
 def upsample(
     model: Ediffi,                  # a super-resolution model
@@ -643,17 +646,20 @@ def upsample(
     if low.shape[1] != config.network.channels or any(side * config.factor % least for side in low.shape[2:]):
         raise ValueError(f"low: expected shape (B, {config.network.channels}, h, w) with sides that are multiples of {max(1, least // config.factor)}, got {tuple(low.shape)}")
     check_range(guidance, "guidance", 0.0, MOST_GUIDANCE); check_range(level, "level", 0.0, 1e6); check_seed(seed); check_choice(solver, "solver", SOLVERS)
-    sigmas, generator = noise_grid(steps), torch.Generator().manual_seed(step_seed(seed, config.low_size) % 2**63)  # not the noise from which `sample` painted the smaller picture
+    sigmas = noise_grid(steps, 160 * config.data_std)  # 80 for pictures, less for what an enlarged one lacks
+    generator = torch.Generator().manual_seed(step_seed(seed, config.low_size) % 2**63)  # not the noise from which `sample` painted the smaller picture
     cond, spoiled = {}, low.to(model.device)
     if config.augment == "gaussian":
         levels = torch.full((len(low),), level, device=model.device)
         noise = torch.randn(low.shape, generator=generator).to(model.device)
         spoiled, cond = noisy_condition(spoiled, levels, noise), {"augmentation": augmentation_label(levels)}
-    size = tuple(config.factor * side for side in low.shape[2:])
+    condition = enlarged(spoiled, tuple(config.factor * side for side in low.shape[2:]))
     told = _told(model, prompt, len(low)).to(model.device)
-    denoise = guided_by_prompt(model, told, guidance, condition=enlarged(spoiled, size), **cond)
-    x = 80.0 * torch.randn(*low.shape[:2], *size, generator=generator)
-    return SAMPLERS[solver](denoise, x.to(model.device), sigmas, callback=callback)
+    clean = guided_by_prompt(model, told, guidance, condition=condition, **cond)
+    around = condition if config.residual else torch.zeros_like(condition)
+    def denoise(x, sigma): return around + clean(x - around, sigma)
+    x = around + sigmas[0].item() * torch.randn(condition.shape, generator=generator).to(model.device)
+    return SAMPLERS[solver](denoise, x, sigmas, callback=callback)
 
 
 def cascade(
@@ -679,11 +685,11 @@ def cascade(
         pictures.append(upsample(model, pictures[-1].clamp(-1, 1), prompt=prompt, level=levels[min(number, len(levels) - 1)], seed=step_seed(seed, number + 1) % 2**31))
     return pictures
 
-# %% ../nbs/papers/04_ediffi.ipynb #5fe2904b
+# %% ../nbs/papers/04_ediffi.ipynb #990c3250
 CONFIGS["sr64"] = EdiffiConfig(
-    world=EmojiConfig(nouns="all", most=3, contents=20_000), noise=NoiseLevels(), low_size=32,
+    world=EmojiConfig(nouns="all", most=3, contents=20_000), noise=NoiseLevels(-2.6, 1.2), low_size=32, residual=True, data_std=0.12, augment_most=0.2,
     network=TextUNetConfig(family="efficient", image_size=64, conditioning=3, augmented=True, width=32, multipliers=(1, 2, 3), blocks=(1, 1, 1), attention=(), cross=(8,), head_width=16),
-    training=TrainingConfig(steps=3000, batch_size=16, lr=1.5e-3, warmup=100, decay="cosine"))
+    training=TrainingConfig(steps=5000, batch_size=16, lr=1.5e-3, warmup=100, decay="cosine"))
 
 # %% ../nbs/papers/04_ediffi.ipynb #a11670c3
 def _colours(text):

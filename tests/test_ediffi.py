@@ -353,10 +353,13 @@ def test_an_upsampler_trains_and_resumes(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())) and again.config == model.config
 
 
-def test_an_upsampler_is_measured_by_what_it_enlarges(encoders):
+def test_an_upsampler_is_measured_by_what_it_enlarges(encoders, monkeypatch):
     model = build(replace(UPPER, evaluated=3))
     for parameter in model.parameters(): torch.nn.init.zeros_(parameter.data)
+    levels, enlarge = [], ediffi.upsample
+    monkeypatch.setattr(ediffi, "upsample", lambda *given, **options: levels.append(options["level"]) or enlarge(*given, **options))
     [row] = ediffi.evaluate(model, steps=2)
+    assert levels == [0.0]  # they are reductions of true pictures
     assert row["pictures"] == 3 and 0 < row["error, bilinear"] < row["error"] and row["noun, true scenes"] >= 0
     with pytest.raises(ValueError, match="expected a base"): sample(model, 1)
 
@@ -488,6 +491,37 @@ def test_sampling_begins_with_noise_of_the_largest_level(monkeypatch, encoders):
     ediffi.upsample(build(UPPER), torch.zeros(32, 3, 16, 16), seed=3)
     for x, sigmas in starts: assert x.std().item() == pytest.approx(80, rel=0.02) and sigmas[0] == 80 and x.shape == (32, 3, 32, 32)
     assert torch.equal(starts[0][0], 80.0 * torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3)))
+
+
+RESIDUAL = replace(UPPER, residual=True, data_std=0.1)
+
+
+def test_what_an_enlarged_picture_lacks_is_learned(encoders):
+    x0, seen = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
+    batch = {"x0": x0} | {name: torch.zeros(8, 1, width) for name, width in (("text", 384), ("clip", 64))} | {f"{name}_there": torch.ones(8, 1, dtype=torch.bool) for name in ("text", "clip")}
+    config = replace(RESIDUAL, noise=NoiseLevels(-9.0, 0.01))
+    expert = ediffi.build_expert(config)
+    expert.network.forward = lambda x, label, **cond: seen.append((x, cond["condition"])) or torch.zeros_like(x)
+    ediffi.ediffi_loss(expert, batch, Draws(torch.Generator().manual_seed(1)), config, node(0, 0), encoders)
+    [(x, condition)] = seen
+    assert torch.allclose(0.1 * x, x0 - condition, atol=2e-3) and condition.std() > 0.1  # nearly without noise, the input is the difference in units of its deviation
+
+
+@pytest.mark.parametrize("solver", ediffi.SOLVERS)
+def test_a_residual_model_that_says_nothing_leaves_the_enlarged_picture(encoders, solver):
+    from diffusion_papers.topics.captioned_pictures import enlarged
+    model, low, seen = build(RESIDUAL), torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1, []
+    model.experts[0].network.forward = lambda x, label, prompt=None, condition=None, augmentation=None: seen.append(condition) or torch.zeros_like(x)
+    made = ediffi.upsample(model, low, prompt="a car", level=0.0, solver=solver, guidance=2.0, callback=lambda step, x, x0: seen.append((x, x0)))
+    assert (made - enlarged(low, (32, 48))).std().item() == pytest.approx(0.1, rel=0.4)  # what is left is as large as the data, but for the solver's error
+    x, x0 = next(entry for entry in seen if isinstance(entry, tuple))
+    assert (x0 - enlarged(low, (32, 48))).abs().max() < 0.02 and (x - enlarged(low, (32, 48))).std().item() == pytest.approx(160 * 0.1, rel=0.05)
+    assert torch.allclose(seen[0][:2], enlarged(low, (32, 48)), atol=1e-6)
+
+
+def test_a_base_has_nothing_to_add_to():
+    with pytest.raises(ValueError, match="residual: expected False for a base"): replace(TINY, residual=True)
+    with pytest.raises(ValueError, match="another residual"): assemble([build(RESIDUAL), build(replace(UPPER, data_std=0.1)), build(RESIDUAL)])
 
 
 def test_a_style_is_told(monkeypatch, encoders):

@@ -7,7 +7,7 @@ from extras import need
 
 need("train", "data")
 from diffusion_papers.core.denoisers import denoising_loss
-from diffusion_papers.ediffi import CONFIGS, build, draw_levels, growth
+from diffusion_papers.ediffi import CONFIGS, build, draw_levels, growth, load_model
 from diffusion_papers.evidence import ediffi as room
 from diffusion_papers.evidence.ediffi import (
     ARENA, INTERVALS, PROBES, STUDIES, WIDER, Rebalanced, all_right, bound, captions_of, further, halves, held_out, inside, losses, measure_clip, measure_fid, pairs_of,
@@ -306,6 +306,46 @@ def test_held_out_scenes_do_not_repeat_their_contents():
 def test_binding_is_judged_where_both_things_are_seen():
     pairs = pairs_of(CONFIGS["cpu"], 40)
     assert bound(draw_emoji(replace(pairs, count=torch.ones_like(pairs.count)), 32)[0], pairs)[1] < 0.1
+
+
+def test_what_cannot_be_judged_has_no_binding():
+    pairs = pairs_of(CONFIGS["cpu"], 20)
+    assert room.binding_row(torch.zeros(20, 3, 32, 32), pairs) == {"judged": 0.0}
+    row = room.binding_row(draw_emoji(pairs, 32)[0], pairs)
+    assert row["binding"] > 0.9 and row["judged"] > 0.7
+
+
+def test_the_expert_for_high_noise_is_kept_beside_its_rivals(monkeypatch, tmp_path):
+    from diffusion_papers.workbench.files import read_json
+    asked, base = [], build(replace(TINY, experts=1))
+    models = {"base": base, "experts": build(TINY), "continued": build(replace(TINY, experts=1)), "rebalanced": build(replace(TINY, experts=1))}
+    for number, expert in enumerate([*models["experts"].experts, models["continued"].experts[0], models["rebalanced"].experts[0]]):
+        for parameter in expert.parameters(): parameter.data.fill_(number / 64)
+    monkeypatch.setattr(room, "load_pretrained", lambda: base)
+    monkeypatch.setattr(room, "sides", lambda config, start, data: asked.append((config, start)) or models)
+    monkeypatch.setattr(room, "loss_rows", lambda models, config: [{"side": side, "loss": 1.0} for side in models])
+    room.keep_sides(tmp_path, **{"training.steps": 3})
+    [(config, start)] = asked
+    assert (config.experts, config.seed, config.expert.steps, config.branch.steps, config.training.steps) == (3, 0, 250, 25, 3) and start is base.experts[0]
+    for side, number in (("expert", 2), ("continued", 3), ("rebalanced", 4)):
+        kept = load_model(tmp_path / f"ediffi_{side}.safetensors")
+        assert len(kept.experts) == 1 and {parameter.flatten()[0].item() for parameter in kept.parameters()} == {number / 64}
+        assert read_json(tmp_path / f"ediffi_{side}.json")["metrics"] == [{"side": side, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("strongest", ["rebalanced", "continued"])
+def test_the_demonstration_holds_where_the_expert_is_ahead_of_the_strongest_rival(monkeypatch, strongest):
+    from types import SimpleNamespace
+    found, order = {"base": 4.0, "expert": 2.0, "continued": 3.0, "rebalanced": 3.0}, []
+    monkeypatch.setattr(room, "against", lambda claim, runs: SimpleNamespace(rival={"side": strongest}, ratio=0.5, ours=[1.0] * 3, verdict="better"))
+    monkeypatch.setattr(room, "demonstrated_pictures", dict)
+    monkeypatch.setattr(room, "load_pretrained", lambda name="ediffi_base": name.removeprefix("ediffi_"))
+    monkeypatch.setattr(room, "shipped_experts", lambda: build(TINY))
+    monkeypatch.setattr(room, "losses", lambda side, config, scenes: dict.fromkeys(("low", "middle"), 9.0) | {"high": found[side]})
+    assert room.demonstrate().holds
+    found[strongest] = 1.9
+    shown = room.demonstrate()
+    assert not shown.holds and "1.053 here, 0.500 in 3 trainings on other scenes (better)" in shown.verdict
 
 
 def test_a_stray_cell_is_no_thing(monkeypatch):
