@@ -43,7 +43,7 @@ from .workbench.configs import Config
 from .workbench.files import check_other, check_output
 from .workbench.registry import About, Hook
 
-ABOUT = About(name="eDiff-I", arxiv="2211.01324", in_the_making=True,
+ABOUT = About(name="eDiff-I", arxiv="2211.01324",
               claim="experts for intervals of noise follow the text better than one model, at the same cost a sample")
 
 # %% ../nbs/papers/04_ediffi.ipynb #fa518e0f

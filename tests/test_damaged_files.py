@@ -12,7 +12,7 @@ need("train", "data", "dev")
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffusion_papers import genie
-from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, load_foreign, save_checkpoint
 from diffusion_papers.core.data import ImageFolder, cifar_images, digits, idx_images
 from diffusion_papers.core.diffusion import DiffusionConfig
 from diffusion_papers.core.networks import authors_keys, unet_config
@@ -139,3 +139,16 @@ def test_moments_of_another_kind_are_refused(tmp_path):
     save_checkpoint(tmp_path / "other.safetensors", {"w": torch.ones(2)}, {"kind": "genie"})
     with pytest.raises(ValueError, match="expected moments"): Moments.load(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="expected 3 values"): Moments(3).add(torch.randn(4, 3)).distance(Moments(2).add(torch.randn(4, 2)))
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    "Else somebody would remove a run that is whole."
+    import safetensors
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, {"w": torch.zeros(3)}, {})
+    torch.save({"w": torch.zeros(3)}, tmp_path / "model.pt")
+    def full(*args, **kwargs): raise RuntimeError("unable to mmap 12 bytes: Cannot allocate memory (12)")
+    monkeypatch.setattr(safetensors, "safe_open", full)
+    monkeypatch.setattr(torch, "load", full)
+    for read in (lambda: load_checkpoint(path), lambda: load_foreign(tmp_path / "model.pt")):
+        with pytest.raises(MemoryError, match="not enough memory to read its"): read()

@@ -101,6 +101,7 @@ def load_checkpoint(
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except ImportError: raise
     except Exception as error:  # the library raises several kinds for damaged files
+        if "allocate memory" in str(error): raise MemoryError(f"{path.name}: there is not enough memory to read its {path.stat().st_size / 2**30:.1f} GiB") from error
         raise CheckpointError(f"{path.name}: damaged or cut off, or not a safetensors file ({error})") from error
     if "digest" not in metadata or "about" not in metadata:
         raise CheckpointError(f"{path.name}: a safetensors file, but not one of this package: "
@@ -142,6 +143,7 @@ def load_foreign(
     try:
         with torch.serialization.safe_globals(_STAND_INS): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if "allocate memory" in str(error): raise MemoryError(f"{path.name}: there is not enough memory to read its {path.stat().st_size / 2**30:.1f} GiB") from error
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = (f"it holds {found[1]}, and objects other than tensors could run code; whoever made it can save its tensors alone"
                if found else f"it is damaged, or holds objects other than tensors, which could run code ({type(error).__name__})")

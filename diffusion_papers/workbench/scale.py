@@ -7,6 +7,7 @@ __all__ = ['try_configuration', 'count_parameters', 'try_alone', 'scale_table']
 
 # %% ../../nbs/workbench/12_scale.ipynb #ece208ac
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,8 @@ def try_alone(
     device: str="cpu",       # "cpu" or "cuda"
 ) -> dict:                   # a row
     "Try a configuration in a process of its own; one that fails is counted, and the row says why."
-    limit = "resource.setrlimit(resource.RLIMIT_DATA, (16 * 2**30, 16 * 2**30)); " if device == "cpu" else ""
+    most = int(0.85 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = f"resource.setrlimit(resource.RLIMIT_DATA, ({most}, {most})); " if device == "cpu" else ""
     program = (f"import json, resource; {limit}from diffusion_papers.workbench.scale import try_configuration; "
                f"print(json.dumps(try_configuration({slug!r}, {preset!r}, {device!r})))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
