@@ -40,7 +40,7 @@ from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_i
 from .workbench.checks import (check_choice, check_device, check_fields, check_images, check_range, check_seed,
                                                check_tensor, require)
 from .workbench.configs import Config
-from .workbench.files import check_output
+from .workbench.files import check_other, check_output
 from .workbench.registry import About, Hook
 from .workbench.timing import progress
 
@@ -562,7 +562,7 @@ def restore(
 ) -> torch.Tensor:                 # restored (3, H, W) in [-1, 1]; enlarged where the task says so
     "Restore a picture of any size: piece by piece, and in a piece square by square."
     enlarge, say = TASKS[check_choice(task, "task", TASKS)].enlarge, say or (lambda line: None)
-    if output is not None: check_output(output, "output", (".png",))
+    if output is not None: check_other(check_output(output, "output", (".png",)), picture, mask)
     model = model or shipped(task)
     if device: model = model.to(check_device(device))
     _check_picture(model, task, mask)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_into, model_files, plain_names
 from .workbench.checks import check_choice, check_device, check_fields, check_images, check_range, check_seed
 from .workbench.configs import Config
-from .workbench.files import check_output, whole_file
+from .workbench.files import check_other, check_output, whole_file
 from .workbench.registry import About, Hook
 from .workbench.timing import progress as bar
 from .core.data import TensorSet
@@ -568,8 +568,8 @@ def track_file(
     "Landmarks of a face in a video; with boxes, as many frames as there are of these."
     say, memory, frames = say or (lambda line: None), Memory(way, evaluations, strength), Video(video)
     check_choice(smoothing, "smoothing", tuple(_FILTERED))
-    if output is not None: check_output(output, "output", (".csv",))
-    if drawn: check_output(drawn, "drawn", (".gif", ".mp4"))
+    if output is not None: check_other(check_output(output, "output", (".csv",)), boxes)
+    if drawn: check_other(check_output(drawn, "drawn", (".gif", ".mp4")), video, name="drawn")
     box = itertools.repeat(None) if not boxes else _read_boxes(boxes)
     tracker = Tracker((model or load_pretrained()).to(check_device(device or "cpu")), memory)
     raw = torch.stack([tracker(frame, where) for frame, where in zip(bar(itertools.islice(frames, most), "frames") if progress else itertools.islice(frames, most), box)])

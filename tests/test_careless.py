@@ -214,6 +214,12 @@ def test_an_output_spares_what_a_run_keeps_and_what_is_read(words, kept, tmp_pat
     assert told.startswith("error: --output: ") and told.count("\n") == 1 and (tmp_path / kept).read_bytes() == before
 
 
+def test_an_output_spares_what_is_read_from_python_too(tmp_path):
+    from diffusion_papers import i2sb
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match="output: .* is what it is made from"): i2sb.restore(tmp_path / "in.png", "blur", output=tmp_path / "in.png")
+
+
 def test_a_grid_without_points_is_named():
     from diffusion_papers.topics import spectral
     for function in (spectral.cosine_transform, spectral.energy_spectrum, spectral.autocovariance, lambda u: spectral.resample(u, (4, 4))):

@@ -58,3 +58,12 @@ def test_only_what_is_missing_is_drawn_again(tmp_path):
     assert asked == [0, 3, 6, 3]
 
 
+
+
+def test_a_start_that_made_nothing_does_not_bind_the_next(tmp_path):
+    "A first piece that fails leaves only a description; whoever corrects his mistake must be able to begin."
+    def fails(piece): raise FloatingPointError("no number")
+    with pytest.raises(FloatingPointError): generate(fails, 4, tmp_path, size=2, about={"seed": 1}, device="cpu")
+    made = generate(lambda piece: {"x": torch.ones(len(piece), 1)}, 4, tmp_path, size=2, about={"seed": 2}, device="cpu")
+    assert made.about == {"seed": 2}
+    with pytest.raises(ValueError, match="holds other samples: about.seed"): generate(fails, 4, tmp_path, size=2, about={"seed": 3}, device="cpu")

@@ -174,6 +174,7 @@ def test_whole_trajectories_are_drawn_too(capsys, models):
 
 def test_seeds_and_fields_are_checked_from_python_too():
     with pytest.raises(ValueError, match="seed"): check_seed(2**63)
+    with pytest.raises(ValueError, match="seed: expected a whole number, got 1.5"): check_seed(1.5)
     with pytest.raises(ValueError, match="seed"): genie.sample(genie.build(genie.CONFIGS["cpu"]), seed=-1)
     with pytest.raises(ValueError, match="b: expected"): check_fields(type("C", (), {"a": 1, "b": (1, 5)}), {"a": (0, 1), "b": (0, 4)})
 

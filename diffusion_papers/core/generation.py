@@ -67,7 +67,7 @@ def _describe(folder, described, free, ours):
     place = folder / "about.json"
     if ours.is_main_process:
         for left in folder.glob("*.tmp"): left.unlink()  # of a process that was killed while it wrote
-        if not place.is_file(): write_json(place, described)
+        if not place.is_file() or not any(folder.glob("*.safetensors")): write_json(place, described)  # where nothing was made yet, what an earlier start said does not bind
     ours.wait_for_everyone()
     if changed := differences(read_json(place), described, {f"about.{name}" for name in free}):
         raise ValueError(f"folder: {folder} holds other samples: {', '.join(changed)}")

@@ -147,8 +147,8 @@ def check_seed(
     seed: int,        # what came
     name: str="seed", # the argument's name
 ) -> int:             # seed, unchanged
-    "Require a seed that all generators take: a whole number from 0 to 2^63 - 1 (`ValueError`)."
-    return check_range(seed, name, 0, 2**63 - 1)
+    "Require a seed that all generators take: a whole number from 0 to 2^63 - 1 (`ValueError`, `TypeError` for what is no number)."
+    return check_whole(seed, name, 0, 2**63 - 1)
 
 
 def check_some(
