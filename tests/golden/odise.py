@@ -1,14 +1,19 @@
-"""ODISE's golden cases: matching and losses, inference, panoptic quality (in JSON alone), semantic scores."""
+"""ODISE's golden cases: the mask generator and its parts, matching and losses, inference, panoptic quality (in JSON alone), semantic scores."""
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from diffusion_papers.topics.mask_decoder import MaskGeneratorConfig, authors_keys, build_mask_generator, deformable_attention, mask_pooling, position_sine
 from diffusion_papers.topics.segmentation import (
     assign, bce_costs, class_costs, class_loss, confusion_matrix, dice_costs, instances, mask_losses, match, panoptic_map, query_labels, sample_points, semantic_map,
     semantic_scores, uncertain_points)
 
 GIVEN = {"matching_losses": {"pred_logits", "pred_masks", "target_masks", "target_labels", "match_points", "rand_oversampled", "rand_rest"},
-         "inference": {"mask_cls", "mask_pred"}, "panoptic_quality": {"gt", "pred"}, "semantic_iou": {"gt", "pred", "num_classes", "ignore"}}
+         "inference": {"mask_cls", "mask_pred"}, "panoptic_quality": {"gt", "pred"}, "semantic_iou": {"gt", "pred", "num_classes", "ignore"},
+         "position_sine": set(), "deform_attn": {"value", "spatial_shapes", "sampling_locations", "attention_weights"}, "mask_pooling": {"x", "mask_logits"},
+         "mask_generator": {"in_s2", "in_s3", "in_s4", "in_s5"}}
 
 
 def inputs_of(case, names): return GIVEN[case]
@@ -41,13 +46,46 @@ def semantic_iou(a):
     return {"iou": scores.iou} | {name: np.float64(getattr(scores, name)) for name in ("miou", "fwiou", "macc", "pacc")}
 
 
+def ruled(shapes, seed):
+    "Weights by the rule of the reference: sines of the place of a number, scaled by the shape."
+    weights = {}
+    for number, name in enumerate(sorted(shapes)):
+        shape = tuple(shapes[name])
+        x = np.sin(12.9898 * np.arange(math.prod(shape), dtype=np.float64) + 78.233 * number + 37.719 * seed) * 43758.5453
+        u = 2 * (x - np.floor(x)) - 1
+        u = u * math.sqrt(3 * shape[0] / math.prod(shape)) if len(shape) > 1 else 1 + 0.1 * u if name.endswith("weight") else 0.1 * u
+        weights[name] = torch.from_numpy(u.reshape(shape)).float()
+    return weights
+
+
+@torch.no_grad()
+def mask_generator(a, about):
+    said = about["config"]
+    generator = build_mask_generator(MaskGeneratorConfig(
+        channels=tuple(said["feature_channels"].values()), width=said["conv_dim"], heads=said["heads"], pixel_layers=said["enc_layers"], pixel_hidden=said["enc_ffn"],
+        queries=said["queries"], layers=said["dec_layers"], hidden=said["dec_ffn"], classes=said["num_classes"] + 1, norm_groups=32))
+    weights, state = ruled(about["shapes"], said["seed"]), generator.state_dict()
+    generator.load_state_dict({ours: weights.get(theirs.removeprefix("sem_seg_head."), state[ours]) for ours, theirs in authors_keys(generator)})
+    joined, pyramid = [], [a[f"in_s{level}"] for level in (2, 3, 4, 5)]
+    generator.decoder.content.norm.register_forward_pre_hook(lambda module, inputs: joined.append(inputs[0]))
+    (embedding, maps), predictions = generator.pixels(pyramid), generator(pyramid)
+    *earlier, last = predictions
+    return {"mask_features": embedding, **{f"ms{number}": features for number, features in enumerate(maps)}, "pred_logits": last.logits, "pred_masks": last.masks, "mask_embed": last.embeddings,
+            "mask_pooled_features": joined[-1], "logit_scale": generator.decoder.content.scale, "aux_pred_masks": torch.stack([p.masks for p in earlier]),
+            "aux_mask_embed": torch.stack([p.embeddings for p in earlier])}
+
+
 def compute(case, arrays):
     a = {name: torch.as_tensor(values) for name, values in arrays.items() if isinstance(values, np.ndarray)}
-    found = {"matching_losses": lambda: matching_losses(a), "inference": lambda: inference(a, arrays["_config"]), "panoptic_quality": dict, "semantic_iou": lambda: semantic_iou(a)}[case]()
-    return {name: value if isinstance(value, (np.ndarray, np.generic)) else value.numpy() for name, value in found.items()}
+    found = {"matching_losses": lambda: matching_losses(a), "inference": lambda: inference(a, arrays["_config"]), "panoptic_quality": dict, "semantic_iou": lambda: semantic_iou(a),
+             "position_sine": lambda: {"out": position_sine(len(a["out"]), tuple(a["out"].shape[1:]))}, "mask_pooling": lambda: {"pooled": mask_pooling(a["x"], a["mask_logits"])},
+             "deform_attn": lambda: {"output": deformable_attention(a["value"], a["spatial_shapes"], a["sampling_locations"], a["attention_weights"])},
+             "mask_generator": lambda: mask_generator(a, arrays["_config"])}[case]()
+    return {name: value if isinstance(value, (np.ndarray, np.generic)) else value.detach().numpy() for name, value in found.items()}
 
 
 def compare(case, name, computed, stored):
-    tolerance = {"point_coords": 1e-6, "iou": 1e-9, "miou": 1e-9, "fwiou": 1e-9, "macc": 1e-9, "pacc": 1e-9}.get(name, 1e-5)
+    tolerance = {"aux_pred_masks": 2e-2} | dict.fromkeys(("mask_features", "ms0", "ms1", "ms2", "pred_logits", "pred_masks", "mask_embed", "mask_pooled_features", "aux_mask_embed"), 2e-4) | {"point_coords": 1e-6, "iou": 1e-9, "miou": 1e-9, "fwiou": 1e-9, "macc": 1e-9, "pacc": 1e-9}
+    tolerance = tolerance.get(name, 1e-5)
     if stored.dtype.kind in "iu": return np.testing.assert_array_equal(computed, stored, err_msg=name)
     np.testing.assert_allclose(computed, stored, rtol=0, atol=tolerance, err_msg=name)
