@@ -89,3 +89,10 @@ def test_changed_functions_that_a_probe_did_not_enter_are_named():
 
 def test_a_study_that_is_gone_is_stale():
     assert stale_studies({"experiments": [{"setting": {"study": "gone"}, "code": "x"}]}, {}) == {"gone"}
+
+
+def test_results_whose_code_was_never_committed_are_named():
+    from diffusion_papers.workbench.results import stamped_commit
+    path = Path(__file__).resolve().parents[1] / "data" / "results" / "genie.json"
+    with pytest.raises(RuntimeError, match="no commit has the code ffffffffffff|not a git repository"):
+        stamped_commit({"code": "f" * 64, "function": "diffusion_papers.evidence.genie.study_claim"}, path)

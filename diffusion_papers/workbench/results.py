@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'TIMES', 'programs_of', 'code_fingerprint', 'machine', 'file_digest', 'write_json', 'dotted',
-           'run_experiments', 'load_results', 'stale_studies', 'select', 'lasting', 'run_probe', 'stamped_commit',
-           'older_version', 'not_entered', 'verify_results']
+           'run_experiments', 'load_results', 'stale_studies', 'select', 'lasting', 'run_probe', 'older_version',
+           'stamped_commit', 'not_entered', 'verify_results']
 
 # %% ../../nbs/workbench/06_results.ipynb #e36fa007
 import ast
@@ -315,16 +315,6 @@ def _git(*words, folder):
     return done.stdout
 
 
-def stamped_commit(
-    code: str,             # a fingerprint
-    path: Path,            # the file of results that holds it
-) -> str:                  # the commit's name
-    "The commit whose code a stored fingerprint is of (`RuntimeError` where the history does not have it)."
-    found = _git("log", "--format=%H", "--reverse", f"-S{code}", "--", path.name, folder=path.parent).decode().split()
-    if not found: raise RuntimeError(f"{path}: no commit brought the code {code[:12]}; the history is cut off, or it was never committed")
-    return found[0]
-
-
 @contextmanager
 def older_version(
     commit: str,           # its name
@@ -334,6 +324,21 @@ def older_version(
         packed = _git("archive", commit, "--", PACKAGE.name, "data", folder=PACKAGE.parent)
         tarfile.open(fileobj=io.BytesIO(packed)).extractall(folder, filter="data")
         yield Path(folder).resolve()
+
+
+def stamped_commit(
+    experiment: dict,      # a stored one: its code and function
+    path: Path,            # the file of results that holds it
+) -> str:                  # the commit's name
+    "The first commit that has the stored result and the code that it is of (`RuntimeError` where the history has none)."
+    code, wanted = experiment["code"], f"{path}: no commit has the code {experiment['code'][:12]} that its results are of"
+    brought = _git("log", "--format=%H", "--reverse", f"-S{code}", "--", path.name, folder=path.parent).decode().split()
+    if not brought: raise RuntimeError(f"{wanted}; the history is cut off, or they were never committed")
+    later = _git("log", "--format=%H", "--reverse", f"{brought[0]}..HEAD", "--", PACKAGE.name, folder=PACKAGE.parent).decode().split()
+    for commit in [brought[0], *later]:  # the results may have been committed beside a change that came after them, and was taken back
+        with older_version(commit) as source:
+            if code_fingerprint(experiment["function"], source / PACKAGE.name) == code: return commit
+    raise RuntimeError(wanted)
 
 # %% ../../nbs/workbench/06_results.ipynb #c38a913d
 def not_entered(
@@ -363,11 +368,9 @@ def verify_results(
     for name in require("tqdm", "train").tqdm(sorted(stale_studies(results, studies) & studies.keys()), unit="study", desc=slug):
         mine = [e for e in results["experiments"] if e["setting"]["study"] == name]
         was, now, began = mine[0], dotted(studies[name]), time.perf_counter()
-        commit = stamped_commit(was["code"], path)
+        commit = stamped_commit(was, path)
         with older_version(commit) as source:
             before = programs_of(was["function"], source / PACKAGE.name)
-            if code_fingerprint(was["function"], source / PACKAGE.name) != was["code"]:
-                raise RuntimeError(f"{path}: commit {commit[:12]} does not have the code that its results are of")
             old, _ = run_probe(source, was["function"], probes[name])
         new, entered = run_probe(PACKAGE.parent, now, probes[name])
         outcome[name] = json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) and len({e["code"] for e in mine}) == 1
