@@ -1,6 +1,8 @@
 """What a fingerprint of code sees and what it does not; when stored results may be stamped anew (the notebook on evidence tries it on a repository)."""
 import json
 
+from pathlib import Path
+
 import pytest
 
 from diffusion_papers.workbench.results import code_fingerprint, lasting, not_entered, programs_of, stale_studies
