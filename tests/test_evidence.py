@@ -1,6 +1,5 @@
 """What a fingerprint of code sees and what it does not; when stored results may be stamped anew (the notebook on evidence tries it on a repository)."""
 import json
-
 from pathlib import Path
 
 import pytest

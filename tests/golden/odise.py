@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_papers.topics.frozen_features import FeaturePyramid, ImplicitCaptioner, noised, scaled_linear, shared_noise, tiled
 from diffusion_papers.topics.mask_decoder import MaskGeneratorConfig, authors_keys, build_mask_generator, deformable_attention, mask_pooling, position_sine
 from diffusion_papers.topics.segmentation import (
     assign, bce_costs, class_costs, class_loss, confusion_matrix, dice_costs, instances, mask_losses, match, panoptic_map, query_labels, sample_points, semantic_map,
@@ -13,7 +14,8 @@ from diffusion_papers.topics.segmentation import (
 GIVEN = {"matching_losses": {"pred_logits", "pred_masks", "target_masks", "target_labels", "match_points", "rand_oversampled", "rand_rest"},
          "inference": {"mask_cls", "mask_pred"}, "panoptic_quality": {"gt", "pred"}, "semantic_iou": {"gt", "pred", "num_classes", "ignore"},
          "position_sine": set(), "deform_attn": {"value", "spatial_shapes", "sampling_locations", "attention_weights"}, "mask_pooling": {"x", "mask_logits"},
-         "mask_generator": {"in_s2", "in_s3", "in_s4", "in_s5"}}
+         "mask_generator": {"in_s2", "in_s3", "in_s4", "in_s5"},
+         "schedule": {"latent", "steps"}, "captioner": {"clip_image_embed", "uncond"}, "backbone": {"image"}}
 
 
 def inputs_of(case, names): return GIVEN[case]
@@ -75,17 +77,57 @@ def mask_generator(a, about):
             "aux_mask_embed": torch.stack([p.embeddings for p in earlier])}
 
 
+def filled(module, about):
+    "A module with the weights of the rule."
+    weights, state = ruled(about["shapes"], about["seed"]), module.state_dict()
+    assert {theirs for _, theirs in module.authors_keys()} == weights.keys() and len(state) == len(weights)
+    module.load_state_dict({ours: weights[theirs] for ours, theirs in module.authors_keys()})
+    return module
+
+
+def schedule(a):
+    process = scaled_linear()
+    kept = 1 / (1 + process.noise_to_signal(torch.arange(1000, dtype=torch.float64)) ** 2)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    noise = shared_noise(4, 64, 64)
+    def at(step):  # the reference noises a corner of the map with that corner of the noise
+        level = process.noise_to_signal(torch.tensor(float(step), dtype=torch.float64))
+        return ((1 + level**2).rsqrt() * (a["latent"] + level * noise[..., :8, :8])).float()
+    whole = torch.zeros(1, 4, 64, 64)
+    whole[..., :8, :8] = a["latent"]
+    found = torch.cat([noised(whole, step, process)[..., :8, :8] for step in a["steps"].tolist()])
+    assert torch.allclose(found, torch.cat([at(step) for step in a["steps"].tolist()]), atol=1e-6)
+    return {"alphas_cumprod": kept, "betas": 1 - kept / before, "shared_noise_8x8": noise[..., :8, :8], "q_sample": found}
+
+
+@torch.no_grad()
+def captioner(a, about):
+    module = filled(ImplicitCaptioner(a["clip_image_embed"].shape[1], *a["uncond"].shape[1:], about["shapes"]["alpha_cond_time_embed"][0]), about)
+    states, terms = module(a["clip_image_embed"], a["uncond"])
+    return {"cond_inputs": states, "cond_emb": terms}
+
+
+@torch.no_grad()
+def backbone(a, about):
+    dims, strides = about["feature_dims"], about["feature_strides"]
+    pyramid = filled(FeaturePyramid(tuple(dims), tuple(strides), width=about["projection_dim"]), about)
+    def features(tile): return [torch.sin((torch.arange(dim) + 1.0)[:, None, None] * torch.nn.functional.avg_pool2d(tile, stride)[:, torch.arange(dim) % 3]) for dim, stride in zip(dims, strides)]
+    maps = tiled(lambda tile, size: pyramid(features(tile), size), a["image"], pyramid.kept, about["crop"])
+    return {f"s{number}": found for number, found in enumerate(maps, 2)}
+
+
 def compute(case, arrays):
     a = {name: torch.as_tensor(values) for name, values in arrays.items() if isinstance(values, np.ndarray)}
     found = {"matching_losses": lambda: matching_losses(a), "inference": lambda: inference(a, arrays["_config"]), "panoptic_quality": dict, "semantic_iou": lambda: semantic_iou(a),
              "position_sine": lambda: {"out": position_sine(len(a["out"]), tuple(a["out"].shape[1:]))}, "mask_pooling": lambda: {"pooled": mask_pooling(a["x"], a["mask_logits"])},
              "deform_attn": lambda: {"output": deformable_attention(a["value"], a["spatial_shapes"], a["sampling_locations"], a["attention_weights"])},
-             "mask_generator": lambda: mask_generator(a, arrays["_config"])}[case]()
+             "mask_generator": lambda: mask_generator(a, arrays["_config"]), "schedule": lambda: schedule(a), "captioner": lambda: captioner(a, arrays["_config"]),
+             "backbone": lambda: backbone(a, arrays["_config"])}[case]()
     return {name: value if isinstance(value, (np.ndarray, np.generic)) else value.detach().numpy() for name, value in found.items()}
 
 
 def compare(case, name, computed, stored):
-    tolerance = {"aux_pred_masks": 2e-2} | dict.fromkeys(("mask_features", "ms0", "ms1", "ms2", "pred_logits", "pred_masks", "mask_embed", "mask_pooled_features", "aux_mask_embed"), 2e-4) | {"point_coords": 1e-6, "iou": 1e-9, "miou": 1e-9, "fwiou": 1e-9, "macc": 1e-9, "pacc": 1e-9}
+    tolerance = {"aux_pred_masks": 2e-2} | dict.fromkeys(("mask_features", "ms0", "ms1", "ms2", "pred_logits", "pred_masks", "mask_embed", "mask_pooled_features", "aux_mask_embed", "s2", "s3", "s4", "s5"), 2e-4) | {"point_coords": 1e-6, "iou": 1e-9, "miou": 1e-9, "fwiou": 1e-9, "macc": 1e-9, "pacc": 1e-9}
     tolerance = tolerance.get(name, 1e-5)
     if stored.dtype.kind in "iu": return np.testing.assert_array_equal(computed, stored, err_msg=name)
     np.testing.assert_allclose(computed, stored, rtol=0, atol=tolerance, err_msg=name)
