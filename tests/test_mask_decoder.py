@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from diffusion_papers.topics.mask_decoder import (
     MASK_GENERATORS, DeformableAttention, MaskDecoder, MaskEmbedding, MaskGenerator, MaskGeneratorConfig, MultiHeadAttention, PixelDecoder, PixelLayer, QueryLayer,
-    allowed_keys, authors_keys, build_mask_generator, centres_of, deformable_attention, mask_pooling, mlp3, position_sine, star)
+    allowed_keys, authors_keys, build_mask_generator, deformable_attention, mask_pooling, mlp3, position_sine, star)
+from diffusion_papers.topics.segmentation import pixel_centres
 
 MANIFESTS = Path(__file__).parent / "manifests"
 TINY = MaskGeneratorConfig(channels=(6, 10, 12), width=16, heads=2, points=3, pixel_layers=2, pixel_hidden=24, queries=5, layers=3, hidden=20, classes=2, norm_groups=4)
@@ -106,7 +107,7 @@ def test_deformable_attention_stays_in_float32_inside_autocast(monkeypatch):
         assert mixed.dtype == kind and (mixed.float() - whole).abs().max() < 0.1 * whole.abs().max()
         assert all(torch.isfinite(part).all() for part in predictions[-1])
     attention = generator.pixels.layers[0].attention
-    inputs = normal(1, 18, 16), normal(1, 75, 16), centres_of((3, 6)), [(3, 5), (6, 10)]
+    inputs = normal(1, 18, 16), normal(1, 75, 16), pixel_centres(3, 6)[0], [(3, 5), (6, 10)]
     with torch.autocast("cpu", dtype=torch.bfloat16): inside = attention(*inputs)
     assert inside.dtype == torch.float32 and torch.equal(inside, attention(*inputs))  # the projections as well
 
@@ -154,10 +155,6 @@ def test_position_code_tells_rows_first_with_sine_and_cosine_by_turns():
     assert position_sine(8, (2, 2), device="meta").device.type == "meta"
     for wrong in (6, 0):
         with pytest.raises(ValueError, match="channels"): position_sine(wrong, (2, 2))
-
-
-def test_centres_go_row_after_row_with_x_first():
-    assert torch.allclose(centres_of((2, 4)), torch.tensor([[x, y] for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]))
 
 
 # ---- masked attention

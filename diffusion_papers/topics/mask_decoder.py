@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK_GENERATORS', 'deformable_attention', 'MaskGeneratorConfig', 'position_sine', 'star', 'DeformableAttention',
-           'PixelLayer', 'centres_of', 'PixelDecoder', 'allowed_keys', 'MultiHeadAttention', 'mask_pooling', 'mlp3',
-           'MaskEmbedding', 'QueryLayer', 'Prediction', 'MaskDecoder', 'MaskGenerator', 'build_mask_generator',
-           'authors_keys']
+           'PixelLayer', 'PixelDecoder', 'allowed_keys', 'MultiHeadAttention', 'mask_pooling', 'mlp3', 'MaskEmbedding',
+           'QueryLayer', 'Prediction', 'MaskDecoder', 'MaskGenerator', 'build_mask_generator', 'authors_keys']
 
 # %% ../../nbs/topics/27_mask_decoder.ipynb #5f7f6127
 import math
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .segmentation import pixel_centres
 from ..workbench.checks import came, check_fields, check_some, check_whole
 from ..workbench.configs import Config
 
@@ -185,15 +185,6 @@ class PixelLayer(nn.Module):
         tokens = self.attention_norm(tokens + self.attention(tokens + positions, tokens, centres, shapes))
         return self.output_norm(tokens + self.contract(F.relu(self.expand(tokens))))
 
-
-def centres_of(
-    shape,       # (H, W) of a map
-    device=None, # where they lie
-) -> torch.Tensor: # (x, y) in [0, 1], row after row (H W, 2)
-    "The centres of a map's places."
-    rows, columns = ((torch.arange(size, device=device) + 0.5) / size for size in shape)
-    return torch.cartesian_prod(rows, columns).flip(-1)
-
 # %% ../../nbs/topics/27_mask_decoder.ipynb #1f2b33d0
 class PixelDecoder(nn.Module):
     "A pyramid becomes an embedding of each pixel, and maps that know of each other."
@@ -238,7 +229,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([features.flatten(2).mT for features in maps], dim=1)
         codes = [position_sine(self.config.width, shape, fine.device, self.level.dtype).flatten(1).T for shape in shapes]
         positions = torch.cat([code + level for code, level in zip(codes, self.level)])
-        centres = torch.cat([centres_of(shape, fine.device) for shape in shapes])
+        centres = torch.cat([pixel_centres(*shape, fine.device)[0] for shape in shapes])
         for layer in self.layers: tokens = layer(tokens, positions, centres, shapes)
         parts = tokens.split([height * width for height, width in shapes], dim=1)
         maps = [part.mT.unflatten(2, shape) for part, shape in zip(parts, shapes)]

@@ -32,6 +32,7 @@ from ..core.pictures import MAX_PIXELS, read_picture
 from ..core.training import step_seed
 from .emoji_world import (BACKGROUNDS, COLOURS, MOST, TEXTURES, VENDORS, EmojiConfig, Scenes, caption, draw_emoji, emoji_scenes, emoji_table,
                                                  noun_split, nouns, plural, recoloured_rows)
+from .segmentation import category_colour
 from ..workbench.checkpoints import some_of
 from ..workbench.checks import came, check_choice, check_range, check_seed, check_whole, require
 from ..workbench.files import read_json, whole_file
@@ -56,10 +57,9 @@ def painted_ids(
     ids: torch.Tensor,  # numbers of segments, 0 is void (..., H, W)
 ) -> torch.Tensor:      # (..., 3, H, W) in [-1, 1]
     "A map in colours, void in black."
-    hue = (ids.double() * 0.618034 % 1 * 6)[..., None, :, :]
-    place = (hue + torch.tensor([5.0, 3.0, 1.0], device=ids.device)[:, None, None]) % 6
-    colour = 1 - 0.8 * torch.minimum(place, 4 - place).clamp(0, 1)
-    return torch.where(ids[..., None, :, :] > 0, 2 * colour - 1, -1.0).float()
+    known, places = torch.unique(ids, return_inverse=True)
+    palette = torch.tensor([category_colour(number) if number else (0, 0, 0) for number in known.tolist()], device=ids.device)
+    return (palette[places] / 127.5 - 1).movedim(-1, -3)
 
 # %% ../../nbs/topics/28_panoptic_data.ipynb #4b9dc2d9
 TEMPLATE = "a photo of a {}."
@@ -709,7 +709,7 @@ def emoji_phrases() -> tuple[str, ...]:  # the first one is ""
 @functools.cache
 def _phrase_numbers(): return {phrase: number for number, phrase in enumerate(emoji_phrases())}
 
-
+# %% ../../nbs/topics/28_panoptic_data.ipynb #b45ad12f
 class EmojiPanoptic(Dataset):
     "Scenes with exact panoptic labels, in whole batches: x0 (B, 3, S, S), ids (B, S, S), label (B, 4), masks (B, 4, S, S), and words (B, K) where they are asked for."
 

@@ -10,6 +10,7 @@ __all__ = ['sample_points', 'pixel_centres', 'point_draws', 'uncertain_points', 
            'PanopticQuality', 'confusion_matrix', 'SemanticScores', 'semantic_scores', 'mask_ap']
 
 # %% ../../nbs/topics/26_segmentation.ipynb #691bc48d
+import colorsys
 import contextlib
 import io
 import math
@@ -41,9 +42,11 @@ def sample_points(
 def pixel_centres(
     height: int,      # of a map
     width: int,       # of a map
+    device=None,      # where they lie
 ) -> torch.Tensor:    # (x, y) from 0 to 1, row by row (1, H W, 2)
     "The points at which a map has its own values."
-    down, across = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    rows, columns = ((torch.arange(size, device=device) + 0.5) / size for size in (height, width))
+    down, across = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([across, down], dim=-1).reshape(1, -1, 2)
 
 # %% ../../nbs/topics/26_segmentation.ipynb #5bb96e60
@@ -342,8 +345,7 @@ def category_colour(
 ) -> tuple:         # red, green, blue, 0 to 255
     "The colour of a category, always the same."
     hue, value, saturation = category * 0.618034 % 1, (0.95, 0.62, 0.80)[category % 3], (0.75, 0.90, 0.45)[category % 3]
-    channel = lambda shift: value - value * saturation * min(max(min((shift + 6 * hue) % 6, 4 - (shift + 6 * hue) % 6), 0), 1)
-    return tuple(round(255 * channel(shift)) for shift in (5, 3, 1))
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def _coloured(picture, ids, colours, scale):
@@ -416,7 +418,7 @@ def _placed(panoptic, places, image, side):
     place = order[np.searchsorted(known, ids, sorter=order)]
     return place, np.array([places[segment.category] for segment in panoptic.segments], dtype=np.int64), np.array([segment.crowd for segment in panoptic.segments], dtype=bool)
 
-
+# %% ../../nbs/topics/26_segmentation.ipynb #be9ca481
 class PanopticQuality:
     "PQ, SQ and RQ, summed over pictures."
 
