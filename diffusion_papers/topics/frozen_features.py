@@ -72,6 +72,7 @@ def frozen_denoiser(
 ) -> Denoiser:                 # in evaluation mode; its weights ask for no gradient
     "The denoiser of a shipped text-to-image model, frozen."
     tensors, about = load_checkpoint(pretrained_path(name))
+    if "network" not in about.get("config", {}): raise ValueError(f"name: expected a text-to-image model, {name} is none")
     config, first = about["config"], "experts.0."
     if any(key.startswith("experts.1.") for key in tensors): raise ValueError(f"name: expected a model of one denoiser, {name} has several")
     denoiser = Denoiser(build_text_unet(TextUNetConfig.from_dict(config["network"]), 0), EDM(), "edm", "log_sigma", config["data_std"])
@@ -185,7 +186,8 @@ class FeaturePyramid(nn.Module):
         if len(maps) != len(self.blocks): raise ValueError(f"maps: expected {len(self.blocks)} feature maps, got {len(maps)}")
         found = dict.fromkeys(self.kept, 0.0)
         for stride, block, features in zip(self.joined, self.blocks, maps):
-            found[stride] = found[stride] + block(F.interpolate(features, size=(size[0] // stride, size[1] // stride), mode="nearest"))
+            shape = (size[0] // stride, size[1] // stride)
+            found[stride] = found[stride] + block(features if features.shape[2:] == shape else F.interpolate(features, size=shape, mode="nearest"))
         return list(found.values())
 
     def authors_keys(self):

