@@ -9,7 +9,7 @@ need("train", "data", "dev")
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from diffusion_papers import ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq
+from diffusion_papers import ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq, odise
 from diffusion_papers.workbench.configs import Config
 
 
@@ -71,7 +71,7 @@ def test_a_wrong_element_is_refused_by_the_name_of_its_field(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected tuple"): Nested().override(**{name: value})
 
 
-@pytest.mark.parametrize("paper", [ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq], ids=lambda paper: paper.__name__.split(".")[-1])
+@pytest.mark.parametrize("paper", [ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq, odise], ids=lambda paper: paper.__name__.split(".")[-1])
 def test_all_presets_survive_json(paper):
     for config in paper.CONFIGS.values():
         assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -29,7 +29,8 @@ PAPERS = tuple(papers())
 SMALL = {"genie": {"diffusion.mlp.width": 8, "diffusion.mlp.blocks": 1}, "dfno": {"diffusion.mlp.width": 8}, "i2sb": {"film.width": 8},
          "dpdm": {"perceptron.width": 8, "public": True}, "ddo": {"network.width": 4, "network.modes": 2},
          "ldeq": {"data": "noise", "size": 32, "depth": 2, "width": 4, "increment": 4, "features": 4, "pool": 8},
-         "ediffi": {"network.width": 32, "network.head_width": 16, "network.multipliers": (1,), "network.blocks": (1,), "network.attention": (16,)}}
+         "ediffi": {"network.width": 32, "network.head_width": 16, "network.multipliers": (1,), "network.blocks": (1,), "network.attention": (16,)},
+         "odise": {"data": "noise", "points": 16, "generator.queries": 4, "generator.layers": 1}}
 HUGE = "1" + 20 * "0"
 WRONG = {  # kind of an option -> values that none of that kind can have
     int: ("text", "-1", HUGE, "nan", "inf", "0.5", "", "(1, 2.5)", "{}"), float: ("text", "nan", "-inf", "1e999", "", "(1,)", "true"),

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("rehearse", ROOT / "tools" / "rehearse.py")
 rehearse = sys.modules["rehearse"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rehearse)
-QUICK = {"genie": "cifar10", "dfno": "cifar10", "i2sb": "imagenet256 sr4x-pool", "dpdm": "mnist", "ddo": "volcano_white", "ldeq": "wflw", "ediffi": "base64"}
+QUICK = {"genie": "cifar10", "dfno": "cifar10", "i2sb": "imagenet256 sr4x-pool", "dpdm": "mnist", "ddo": "volcano_white", "ldeq": "wflw", "ediffi": "base64", "odise": "label"}
 CHANGED = {"width", "head_width", "text_width", "clip_width", "image_width", "context_width", "embedding_width", "device", "modes", "steps", "solver_steps", "kept", "trajectories", "batch_size", "accumulate", "checkpoint_every", "evaluated",
-           "count", "calls", "size", "epochs"}  # widths, steps, batches, numbers of samples
+           "count", "calls", "size", "epochs", "channels", "groups", "norm_groups", "heads", "hidden", "pixel_hidden", "layers", "pixel_layers", "queries", "points", "longest", "tile", "seen"}  # widths, steps, batches, numbers of samples
 CHAINS = [(slug, values, commands) for slug in papers() for values, commands in rehearse.chains(rehearse.page(slug))]
 NAMES = [f"{slug} {rehearse.title(values)}" for slug, values, _ in CHAINS]
 

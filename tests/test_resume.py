@@ -11,7 +11,7 @@ from extras import need
 
 need("train", "data")
 
-from diffusion_papers import ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq
+from diffusion_papers import ddo, dfno, dpdm, ediffi, genie, i2sb, ldeq, odise
 from diffusion_papers.__main__ import main
 from diffusion_papers.workbench.checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
 from diffusion_papers.core.data import TensorSet
@@ -154,7 +154,8 @@ FREE = {genie: {"evaluated": 7, "diffusion.training.checkpoint_every": 7, "head.
         dfno: {"evaluated": 7, "training.checkpoint_every": 7, "diffusion.training.steps": 7, "diffusion.data_path": "elsewhere"},
         i2sb: {"evaluated": 7, "training.checkpoint_every": 7}, dpdm: {"evaluated": 700, "training.checkpoint_every": 7},
         ddo: {"evaluated": 7, "training.checkpoint_every": 7}, ldeq: {"evaluated": 7, "training.checkpoint_every": 7},
-        ediffi: {"evaluated": 7, "training.checkpoint_every": 7, "data_path": "elsewhere", "states_path": "elsewhere", "encoders.text_path": "elsewhere", "encoders.device": "cuda"}}
+        ediffi: {"evaluated": 7, "training.checkpoint_every": 7, "data_path": "elsewhere", "states_path": "elsewhere", "encoders.text_path": "elsewhere", "encoders.device": "cuda"},
+        odise: {"evaluated": 7, "training.checkpoint_every": 7, "data_path": "elsewhere", "frozen_path": "elsewhere", "alpha": 0.5, "longest": 99}}
 
 
 @pytest.mark.parametrize("module", FREE, ids=lambda module: module.__name__.split(".")[-1])
@@ -216,7 +217,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("slug", ["genie", "dfno", "i2sb", "dpdm", "ddo", "ldeq", "ediffi"])
+@pytest.mark.parametrize("slug", ["genie", "dfno", "i2sb", "dpdm", "ddo", "ldeq", "ediffi", "odise"])
 def test_a_folder_serves_one_training(slug, tmp_path, capsys):
     words = ["train", slug, "--device", "cpu", "--folder", str(tmp_path / "run")] + (["--i-know-data-are-public"] if slug == "dpdm" else [])
     lock = "ledger.json.lock" if slug == "dpdm" else "config.lock"  # what a run takes first

@@ -133,6 +133,14 @@ def test_pictures_matched_together_are_matched_as_alone_and_empty_rows_keep_thei
     assert [len(pairs.query) for pairs in found] == [2, 2, 0]
 
 
+def test_points_of_the_matching_are_x_and_y():
+    top, left, everything = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    top[:, :4], left[:, :, :4] = 1, 1
+    points = torch.rand(1, 300, 2, generator=seeded()) * torch.tensor([1.0, 0.4])  # in the upper part, where the target is everywhere
+    pairs = match_all(torch.full((1, 2, 2), 0.5), 8 * torch.cat([left, everything])[None] - 4, torch.tensor([[0]]), top[None], points)[0]
+    assert pairs.query.tolist() == [1]
+
+
 def test_a_true_mask_may_have_another_size():
     masks = (sure((0, 4), (4, 8)) > 0)
     large = masks.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -448,7 +456,7 @@ def test_what_pictures_add_up_to_is_what_the_measures_say():
         listed = [number for number in range(1, 5) if (truth.ids == number).any()]
         truth = Panoptic(truth.ids, [Segment(number, kinds[number], kinds[number] in things, crowd=number == 4) for number in listed])
         masks = 6 * torch.stack([(truth.ids == number).float() - 0.5 for number in listed] + [torch.randn(12, 16, generator=generator)])
-        said = 0.3 + torch.nn.functional.one_hot(torch.tensor([kinds[number] for number in listed] + [5]), 6) + 0.6 * torch.rand(len(masks), 6, generator=generator)
+        said = 0.3 + torch.nn.functional.one_hot(torch.tensor([(kinds[number] + number * picture) % 5 for number in listed] + [5]), 6) + 0.6 * torch.rand(len(masks), 6, generator=generator)
         said = said / said.sum(1, keepdim=True)
         total = total + tally(said, masks, truth, things)
         quality.add(panoptic_map(said, masks, things), truth)

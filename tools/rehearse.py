@@ -269,6 +269,56 @@ def write_clip(place):
     transformers.CLIPModel(transformers.CLIPConfig(text_config=words, vision_config=eyes, projection_dim=8)).save_pretrained(place)
 
 
+def write_stable_diffusion(place):
+    "A Stable Diffusion of small widths, in the format of diffusers."
+    import diffusers
+    import transformers
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, norm_num_groups=4,
+                            latent_channels=4, sample_size=64).save_pretrained(place / "vae")
+    diffusers.UNet2DConditionModel(block_out_channels=(8, 16, 24, 32), layers_per_block=2, cross_attention_dim=16, attention_head_dim=8, norm_num_groups=4, sample_size=8).save_pretrained(place / "unet")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (place / "tokenizer").mkdir()
+    with whole_file(place / "tokenizer" / "vocab.json") as unfinished: unfinished.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    with whole_file(place / "tokenizer" / "merges.txt") as unfinished: unfinished.write_text("#version: 0.2\n")
+    words = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokens), bos_token_id=0, eos_token_id=1)
+    transformers.CLIPTextModel(words).save_pretrained(place / "text_encoder")
+
+
+def write_coco_panoptic(place):
+    "COCO's panoptic labels: pictures, ids as colours, and JSON files with a table for each; captions beside them."
+    categories = [{"id": 1, "name": "person", "isthing": 1}, {"id": 72, "name": "tv", "isthing": 1}, {"id": 190, "name": "floor-wood", "isthing": 0}]
+    for split, count in (("train2017", 4), ("val2017", 3)):
+        maps = place / "annotations" / f"panoptic_{split}"
+        maps.mkdir(parents=True); (place / split).mkdir()
+        images, notes, lines = [], [], []
+        for index, pixels in enumerate(pictures(count, 96, len(split))):
+            number = 139 + index
+            with whole_file(place / split / f"{number:012d}.jpg") as unfinished: Image.fromarray(pixels).save(unfinished, "JPEG")
+            ids = np.full((96, 96), 70000, np.int64)
+            ids[10:60, 10:40], ids[20:50, 50:90], ids[80:90, 80:90] = 5, 300, 9
+            with whole_file(maps / f"{number:012d}.png") as unfinished: Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(unfinished, "PNG")
+            rows = [{"id": 70000, "category_id": 190}, {"id": 5, "category_id": 1}, {"id": 300, "category_id": 72}, {"id": 9, "category_id": 1, "iscrowd": 1}]
+            images.append({"id": number, "file_name": f"{number:012d}.jpg"})
+            notes.append({"image_id": number, "file_name": f"{number:012d}.png", "segments_info": [{"iscrowd": 0} | row for row in rows]})
+            lines.append({"id": index, "image_id": number, "caption": LINES[index]})
+        for name, content in ((f"panoptic_{split}", {"categories": categories, "images": images, "annotations": notes}), (f"captions_{split}", {"annotations": lines})):
+            with whole_file(place / "annotations" / f"{name}.json") as unfinished: unfinished.write_text(json.dumps(content))
+
+
+def write_ade(place):
+    "ADE20K's scene parsing: pictures, label pictures of one channel (0 is void), and the table of classes."
+    for what in ("images", "annotations"): (place / what / "validation").mkdir(parents=True)
+    for index, pixels in enumerate(pictures(3, 96, 5)):
+        labels = np.zeros((96, 96), np.uint8)
+        labels[:48], labels[48:, 30:] = 1, 2 + index % 2
+        with whole_file(place / "images" / "validation" / f"ADE_val_{index + 1:08d}.jpg") as unfinished: Image.fromarray(pixels).save(unfinished, "JPEG")
+        with whole_file(place / "annotations" / "validation" / f"ADE_val_{index + 1:08d}.png") as unfinished: Image.fromarray(labels).save(unfinished, "PNG")
+    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t0.2\t10\t2\t1\twall", "2\t0.1\t10\t2\t1\tbuilding, edifice", "3\t0.1\t10\t2\t0\tperson, individual"]
+    with whole_file(place / "objectInfo150.txt") as unfinished: unfinished.write_text("\n".join(lines) + "\n")
+
+
 def masks(): return {name: np.packbits(np.random.default_rng(0).random((8, 256, 256)) < 0.15) for name in ("10-20% freeform", "20-30% freeform")}
 
 
@@ -290,6 +340,9 @@ WRITERS = {  # how a file or a folder is called on the pages -> what writes it, 
     r"shards": lambda place, config: write_shards(place),
     r"coco": lambda place, config: write_coco(place),
     r"t5-.*": lambda place, config: write_t5(place),
+    r"COCO": lambda place, config: write_coco_panoptic(place),
+    r"ADEChallengeData2016": lambda place, config: write_ade(place),
+    r"stable-diffusion-.*": lambda place, config: write_stable_diffusion(place),
     r"clip-.*": lambda place, config: write_clip(place),
     r"WFLW": lambda place, config: write_wflw(place),
     r"WFLW_V": lambda place, config: write_wflw_videos(place),
@@ -376,7 +429,7 @@ def paper_scale(slug, preset):
     "Whether a preset is a published one: the others train from what ships."
     config = paper(slug).CONFIGS[preset]
     data = getattr(config, "diffusion", config).data
-    return data in ("cifar10", "images", "idx", "cifar", "file", "distances", "wflw", "tars")
+    return data in ("cifar10", "images", "idx", "cifar", "file", "distances", "wflw", "tars", "coco")
 
 
 if __name__ == "__main__":
