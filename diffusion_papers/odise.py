@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .workbench.checkpoints import CheckpointError, digest, load_foreign, load_into, model_files, some_of
-from .workbench.checks import check_choice, check_device, check_fields, check_range, check_seed, check_some, check_whole, require
+from .workbench.checks import came, check_choice, check_device, check_fields, check_range, check_seed, check_some, check_whole, require
 from .workbench.configs import Config
 from .workbench.files import check_other, check_output, read_json, whole_file
 from .workbench.registry import About, Hook
@@ -40,7 +40,7 @@ from .topics.frozen_models import EmojiPainter, FrozenModel, PixelMaps, StableDi
 from .topics.mask_decoder import MASK_GENERATORS, MaskGenerator, MaskGeneratorConfig, Prediction
 from .topics.mask_decoder import authors_keys as generator_keys
 from .topics.mask_tokens import TOWERS, LocalClip, load_clip
-from .topics.panoptic_data import PAD, TEMPLATE, CocoPanoptic, EmojiPanoptic, PanopticCrops, Vocabulary, ade_folder, emoji_vocabulary, fitted, painted_ids, target_masks, truth_of, write_ids
+from .topics.panoptic_data import TEMPLATE, CocoPanoptic, EmojiPanoptic, PanopticCrops, Vocabulary, ade_folder, emoji_vocabulary, fitted, painted_ids, target_masks, truth_of, write_ids
 from .topics.segmentation import (
     Panoptic, class_loss, draw_panoptic, mask_losses, masks_at_size, match_all, panoptic_map, point_draws, query_labels, scores, tally)
 
@@ -101,6 +101,7 @@ class OdiseConfig(Config):
         if len(self.generator.channels) != len(self.kept): raise ValueError(f"generator.channels: expected one for each stride of the pyramid, {self.kept}, got {self.generator.channels}")
         if len(set(self.generator.channels)) > 1: raise ValueError(f"generator.channels: expected the same for all strides, got {self.generator.channels}")
         if self.generator.classes != (2 if self.supervision == "caption" else 0): raise ValueError(f"generator.classes: expected 0 for supervision by labels and 2 by captions, got {self.generator.classes}")
+        if self.training.accumulate > 1: raise ValueError(f"training.accumulate: expected 1, since targets are counted and captions contrasted over a whole step, got {self.training.accumulate}")
         if self.caption == "implicit" and self.features in ("tower", "pixels"): raise ValueError(f"caption: {self.features} cannot be told anything, choose \"empty\"")
         for name in ("size", "tile"):
             if getattr(self, name) % self.kept[-1]: raise ValueError(f"{name}: expected a multiple of the coarsest stride, {self.kept[-1]}, got {getattr(self, name)}")
@@ -255,7 +256,8 @@ def named(
     "Vectors of names (`ValueError` for one that the image-text model cannot read)."
     device = next(model.parameters()).device
     _, clip = model.equipment.at(device)
-    own, theirs = (clip.texts(vocabulary.prompts(template)) for template in (model.config.template, model.config.clip_template))
+    theirs = clip.texts(vocabulary.prompts(model.config.clip_template))
+    own = theirs if model.config.template == model.config.clip_template else clip.texts(vocabulary.prompts(model.config.template))
     return Names(own, theirs, vocabulary.owners()).to(device)
 
 
@@ -365,14 +367,14 @@ def output_loss(
     config: OdiseConfig,     # weights
 ) -> torch.Tensor:           # a number
     "Names and masks of one output."
-    pairs = match_all(logits.float().softmax(-1), prediction.masks.float(), targets.labels, targets.masks, targets.common, config.weights)
+    pairs = match_all(logits.softmax(-1), prediction.masks, targets.labels, targets.masks, targets.common, config.weights)
     labels = torch.stack([query_labels(pair, label, logits.shape[1], logits.shape[2] - 1) for pair, label in zip(pairs, targets.labels)])
     mass = torch.where(labels == logits.shape[2] - 1, config.no_object, 1.0).sum()  # of this process; the mean divides by it
-    names = class_loss(logits.float(), labels, config.no_object) * mass / _world_mean(mass)
+    names = class_loss(logits, labels, config.no_object) * mass / _world_mean(mass)
     picture = torch.cat([torch.full_like(pair.query, number) for number, pair in enumerate(pairs)])
     query, target = (torch.cat(part) for part in zip(*pairs))
     points = [point_draws(len(pair.query), generator, config.points) for pair, generator in zip(pairs, targets.draws)]
-    losses = mask_losses(prediction.masks[picture, query].float(), targets.masks[picture, target], *(torch.cat(part) for part in zip(*points)), config.points, targets.count)
+    losses = mask_losses(prediction.masks[picture, query], targets.masks[picture, target], *(torch.cat(part) for part in zip(*points)), config.points, targets.count)
     return config.weights[0] * names + config.weights[1] * losses["bce"] + config.weights[2] * losses["dice"]
 
 
@@ -383,16 +385,19 @@ def odise_loss(
     names: Names,     # of the training's vocabulary, or of its phrases
 ) -> torch.Tensor:    # the same for each picture (B,)
     "The loss of all outputs."
-    names, targets = names.to(batch["x0"].device), targets_of(batch, draws, model.config)
-    maps = [batch[name].to(batch["x0"]) for name in sorted(batch) if name.startswith("map")] or None
-    texts, total = model.project(names.own), 0.0
-    for prediction in model(batch["x0"], maps):
-        if model.config.supervision == "label": logits = class_logits(prediction.embeddings, texts, names.owners, model.scale, model.project(model.null))
-        else:
-            logits = prediction.logits
-            total = total + grounding_loss(prediction.embeddings, texts[batch["words"]], batch["words"] > 0, model.scale)
-        total = total + output_loss(prediction, logits, targets, model.config)
-    return total.expand(len(batch["x0"]))
+    x0, by_label = batch["x0"], model.config.supervision == "label"
+    names, targets, total = names.to(x0.device), targets_of(batch, draws, model.config), 0.0
+    predictions = model(x0, [batch[name].to(x0) for name in sorted(batch) if name.startswith("map")] or None)
+    with torch.autocast(x0.device.type, enabled=False):  # logits of 100 and sums over points need more than 16 bits
+        texts = model.project(names.own if by_label else names.own[batch["words"]])
+        for prediction in predictions:
+            prediction = Prediction(*(None if part is None else part.to(torch.promote_types(part.dtype, torch.float32)) for part in prediction))
+            if by_label: logits = class_logits(prediction.embeddings, texts, names.owners, model.scale, model.project(model.null))
+            else:
+                logits = prediction.logits
+                total = total + grounding_loss(prediction.embeddings, texts, batch["words"] > 0, model.scale)
+            total = total + output_loss(prediction, logits, targets, model.config)
+    return total.expand(len(x0))
 
 # %% ../nbs/papers/05_odise.ipynb #8da34a78
 def fused(
@@ -522,7 +527,7 @@ def train(
         if data is None: data = kept_maps(config) if config.data == "emoji" and _keeps(config) else load_data(config)
         model.taught = data.vocabulary.to_dict()
         names = named(model, data.vocabulary if config.supervision == "label" else Vocabulary([[phrase] for phrase in data.phrases[1:]]))
-        if config.supervision == "caption": names = Names(F.pad(names.own, (0, 0, 1, 0)), names.clip, names.owners)  # number 0 is no word
+        if config.supervision == "caption": names = names._replace(own=torch.cat([model.equipment.at("cpu")[1].texts([""]), names.own]))  # number 0 is no word
         elif not model.null.any(): _start_null(model)
         loss = functools.partial(odise_loss, names=names)
         return fit(model, loss, data, replace(config.training, seed=config.seed), folder=folder, title=f"ODISE, {config.features}", **options).eval()
@@ -536,7 +541,7 @@ def _start_null(model):
     model.null.copy_(empty if empty.any() else 0.02 * torch.randn(model.null.shape, generator=torch.Generator().manual_seed(step_seed(model.config.seed, 5))))
 
 # %% ../nbs/papers/05_odise.ipynb #f572dd98
-def _keeps(config): return config.caption == "empty" and config.tile >= config.size
+def _keeps(config): return config.caption == "empty" and config.tile >= config.size == config.seen
 
 
 @torch.no_grad()
@@ -548,8 +553,8 @@ def kept_maps(
     size: int=64,         # pictures at once
 ) -> TensorSet:           # what the data have, and the frozen network's maps in half precision
     "Training data with the frozen network's maps."
-    if not _keeps(config): raise ValueError('config: maps can be kept where caption="empty", and one tile is the whole picture')
-    data, (frozen, _), count = load_data(config) if data is None else data, Equipment(config).at("cpu"), count or config.pool
+    if not _keeps(config): raise ValueError('config: maps can be kept where caption="empty", and the network sees the whole picture as it is, tile and seen as large as size')
+    data, (frozen, _), count = load_data(config) if data is None else data, Equipment(config).at("cpu"), config.pool if count is None else check_whole(count, "count", 1)
     batches = [data.__getitems__(range(first, min(first + size, count))) for first in range(0, count, size)]
     maps = [[found.half() for found in frozen.maps(batch["x0"])] for batch in bar(batches, "frozen maps")]
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -601,11 +606,12 @@ def segment(
     side: int | None=None,         # at which the shorter side is seen, pixels; None is the configuration's size
 ) -> Segmentation:
     "Find what is named in a picture, and where (`ValueError` for names that cannot be read)."
-    vocabulary = Vocabulary.parse(vocabulary) if isinstance(vocabulary, str) else vocabulary
+    vocabulary, config = Vocabulary.parse(vocabulary) if isinstance(vocabulary, str) else vocabulary, model.config
+    if not isinstance(vocabulary, Vocabulary): raise TypeError(f"vocabulary: expected a Vocabulary, or a text like \"cat, kitten; dog\", got {came(vocabulary)}")
     check_range(score, "score", 0, 1); check_range(overlap, "overlap", 0, 1); _check_fusion(alpha, beta); taught(model)
-    names, config = named(model, vocabulary), model.config
     picture, side = read_picture(picture).colour, check_whole(config.size if side is None else side, "side", 8)
     if min(picture.shape[1:]) < 8: raise ValueError(f"picture: expected at least 8 pixels along each side, got {picture.shape[2]} x {picture.shape[1]}")
+    names = named(model, vocabulary)
     device = next(model.parameters()).device
     seen, content = fitted(picture, side, max(side, config.longest), math.lcm(config.kept[-1], model.equipment.at(device)[0].multiple))
     found = look(model, seen.to(device))
@@ -720,12 +726,16 @@ def generate_data(
     "Segment and measure many pictures, in pieces that several processes share; what is there is kept."
     if count is not None: check_whole(count, "count", 1)
     check_whole(size, "size", 1); _check_fusion(alpha, beta); taught(model)
+    if bool(on) != bool(path): raise ValueError(f"path: expected on and path together, got on={on!r} and path={path!r}")
     model.to(processes(device).device)
     if on: data = _folder(check_choice(on, "on", ("coco", "ade")), path, "test", False)
     data = load_data(model.config, "test") if data is None else data
     names = named(model, data.vocabulary)
     def measured(piece): return {"sums": _tallies(model, _items_of(data, piece), data.vocabulary, names, alpha=alpha, beta=beta)}
-    about = {"model": digest(model.state_dict(), {}), "classes": str(data.vocabulary), "alpha": alpha, "beta": beta}
+    config, equipment = model.config, model.equipment.at(processes(device).device)
+    about = {"model": digest(model.state_dict(), {}), "features": config.features, "image-text": equipment[1].name, "data": on or config.data, "path": path or config.data_path, "vendor": getattr(data, "vendor", ""),
+             "classes": str(data.vocabulary), "taught": str(taught(model)), "template": config.clip_template, "longest": config.longest,
+             "alpha": config.alpha if alpha is None else alpha, "beta": config.beta if beta is None else beta}
     return generate(measured, len(data) if count is None else min(count, len(data)), folder, size=size, about=about, device=device, unit="picture")
 
 # %% ../nbs/papers/05_odise.ipynb #594a6a80
@@ -742,11 +752,14 @@ def segment_file(
     say: Callable | None=None,  # called with what was found
 ) -> Segmentation:
     "Find what is named in a picture, and where."
+    if not words.strip(): raise ValueError('words: say what to look for, for instance "cat, kitten; dog; stuff: sky"')
     vocabulary = Vocabulary.parse(words)
+    if device is not None: check_device(device)
     if output is not None:
         path = check_output(output, "output", (".png",))
         for beside in (path, path.with_suffix(".json"), path.with_name(f"{path.stem}_ids.png")): check_other(beside, picture)
-    model = (load_pretrained() if model is None else model).to(check_device(device or "cpu"))
+    model = load_pretrained() if model is None else model
+    if device is not None: model = model.to(device)
     found = segment(model, picture, vocabulary, score=score, overlap=overlap, side=side)
     if output is not None: found.save(output)
     if say:
@@ -781,15 +794,16 @@ def load_authors_checkpoint(
     *,
     frozen_path: str="",       # folder of Stable Diffusion 1.3
     clip_path: str="",         # folder of CLIP ViT-L/14-336
-    widths: OdiseConfig | None=None,  # another size than the paper's, for a file that somebody else trained
+    config: OdiseConfig | None=None,  # for a file that somebody else trained at another size; None is the paper's
 ) -> Odise:
     "The released trained part (`CheckpointError` names what is missing or does not belong)."
     content, name = load_foreign(path), Path(path).name
-    tensors = content.get("model", content)
+    tensors = content.get("model", content) if isinstance(content, dict) else {}
     kinds = {"label": "category_head.text_proj.weight", "caption": "word_head.text_proj.weight"}
     found = [kind for kind, key in kinds.items() if key in tensors]
     if not found: raise CheckpointError(f"{name}: no checkpoint of ODISE, it has neither {' nor '.join(kinds.values())}")
-    config = widths or CONFIGS[found[0]]
+    config = config or CONFIGS[found[0]]
+    if config.caption != "implicit": raise ValueError(f"config: expected caption=\"implicit\", which released files have, got {config.caption!r}")
     if config.supervision != found[0]: raise CheckpointError(f"{name}: expected a model taught by {config.supervision}s, with {kinds[config.supervision]}; it has {kinds[found[0]]}")
     model = build(config.override(frozen_path=frozen_path, clip_path=clip_path))
     names = dict((theirs, ours) for ours, theirs in authors_names(model))

@@ -100,3 +100,31 @@ def test_maps_of_stable_diffusion_are_those_of_the_paper():
 def test_a_folder_that_lacks_parts_is_told(tmp_path):
     with pytest.raises(ValueError, match="vae/config.json.*text_encoder"): check_folder(tmp_path)
     with pytest.raises(ValueError, match="path"): StableDiffusion(tmp_path)
+
+
+@torch.no_grad()
+def test_a_tiny_stable_diffusion_gives_the_inputs_of_the_blocks_of_its_autoencoder(tmp_path):
+    pytest.importorskip("diffusers")
+    from test_rehearse import rehearse
+    (tmp_path / "sd").mkdir()
+    rehearse.write_stable_diffusion(tmp_path / "sd")
+    model = StableDiffusion(tmp_path / "sd", steps=(-1,))
+    images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    maps = model.maps(images)
+    assert [tuple(found.shape) for found in maps] == [(2, channels, 64 // stride, 128 // stride) for channels, stride in zip(model.channels, model.strides)]
+    encoder, decoder = model.vae.encoder, model.vae.decoder
+    hidden = encoder.conv_in(images)
+    for block in encoder.down_blocks[:2]: hidden = block(hidden)
+    first = encoder.down_blocks[2].resnets[0](hidden, None)
+    second = encoder.down_blocks[3].resnets[0](encoder.down_blocks[2](hidden), None)
+    assert torch.allclose(maps[0], first, atol=1e-5) and torch.allclose(maps[1], second, atol=1e-5)
+    hidden = decoder.mid_block(decoder.conv_in(model.vae.post_quant_conv(model.vae.encode(images).latent_dist.mean)))
+    inside = hidden
+    for block in decoder.up_blocks[0].resnets[:2]: inside = block(inside, None)
+    assert torch.allclose(maps[-2], inside, atol=1e-4)
+    inside = decoder.up_blocks[0](hidden)
+    for block in decoder.up_blocks[1].resnets[:2]: inside = block(inside, None)
+    assert torch.allclose(maps[-1], inside, atol=1e-4)
+    assert model.empty.shape == (1, 77, 16) and model.time_width == 32
+    told = model.maps(images, model.empty.expand(2, -1, -1) + torch.randn(2, 77, 16), torch.randn(2, 1, 32))
+    assert all(torch.equal(a, b) for a, b in zip(maps[:2] + maps[-2:], told[:2] + told[-2:])) and not torch.equal(maps[2], told[2])

@@ -147,7 +147,7 @@ def test_kept_maps_train_like_maps_that_are_computed():
     with torch.no_grad(): model.null.copy_(torch.randn(model.null.shape, generator=seeded()))
     live, stored = (odise_loss(model, source.__getitems__(numbers), draws(), names) for source in (data, kept))
     assert torch.allclose(live, stored, rtol=2e-3) and live.shape == (4,) and (live == live[0]).all()
-    for wrong in (SMALL.override(caption="implicit"), SMALL.override(tile=16)):
+    for wrong in (SMALL.override(caption="implicit"), SMALL.override(tile=16), SMALL.override(seen=64)):
         with pytest.raises(ValueError, match="config"): kept_maps(wrong, 4)
 
 
@@ -220,17 +220,17 @@ def test_a_released_file_is_read_and_another_one_is_refused_by_name(tmp_path):
     model = build(tiny)
     tensors = {theirs: torch.randn_like(model.state_dict()[ours]) for ours, theirs in authors_names(model)} | {"criterion.empty_weight": torch.ones(134)}
     torch.save({"model": tensors, "iteration": 3}, tmp_path / "label.pth")
-    found = load_authors_checkpoint(tmp_path / "label.pth", widths=tiny)
+    found = load_authors_checkpoint(tmp_path / "label.pth", config=tiny)
     assert all(torch.equal(found.state_dict()[ours], tensors[theirs]) for ours, theirs in authors_names(found))
     with pytest.raises(RuntimeError, match="taught"): odise.taught(found)
     captioned = tiny.override(**{"supervision": "caption", "generator.classes": 2})
-    with pytest.raises(CheckpointError, match="word_head"): load_authors_checkpoint(tmp_path / "label.pth", widths=captioned)
+    with pytest.raises(CheckpointError, match="word_head"): load_authors_checkpoint(tmp_path / "label.pth", config=captioned)
     torch.save({"model": {name: value for name, value in tensors.items() if "query_feat" not in name}}, tmp_path / "less.pth")
-    with pytest.raises(CheckpointError, match="queries"): load_authors_checkpoint(tmp_path / "less.pth", widths=tiny)
+    with pytest.raises(CheckpointError, match="queries"): load_authors_checkpoint(tmp_path / "less.pth", config=tiny)
     torch.save({"model": {"backbone.weight": torch.ones(1)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no checkpoint of ODISE"): load_authors_checkpoint(tmp_path / "other.pth")
     torch.save({"model": tensors | {"more": torch.ones(1)}}, tmp_path / "more.pth")
-    with pytest.raises(CheckpointError, match="more"): load_authors_checkpoint(tmp_path / "more.pth", widths=tiny)
+    with pytest.raises(CheckpointError, match="more"): load_authors_checkpoint(tmp_path / "more.pth", config=tiny)
 
 
 # ---- users
@@ -255,6 +255,10 @@ def test_bad_vocabularies_and_pictures_are_named_before_the_work(small, tmp_path
     for wrong, said in (({"score": 1.5}, "score"), ({"overlap": -1}, "overlap"), ({"alpha": 2}, "alpha"), ({"side": 4}, "side")):
         with pytest.raises(ValueError, match=said): segment(small, picture, "fox", **wrong)
     with pytest.raises(ValueError, match="picture"): segment(small, torch.zeros(3, 4, 60), "fox")
+    with pytest.raises(TypeError, match="vocabulary"): segment(small, picture, ["fox"])
+    with pytest.raises(ValueError, match="words"): segment_file(tmp_path / "none.png", words=" ", model=small)
+    for options in ({"on": "ade"}, {"path": "somewhere"}):
+        with pytest.raises(ValueError, match="path"): generate_data(small, tmp_path / "made", **options)
     with pytest.raises(ValueError, match="picture"): segment(small, 300 * torch.ones(3, 32, 32), "fox")
     untaught = build(SMALL)
     untaught.taught = None
@@ -311,7 +315,7 @@ def test_pieces_of_a_measurement_add_up_to_the_whole(small, tmp_path):
 
 @pytest.mark.parametrize("changes, name", [({"alpha": 1.5}, "alpha"), ({"steps": (1000,)}, "steps"), ({"steps": ()}, "steps"), ({"weights": (1.0, 2.0)}, "weights"), ({"size": 30}, "size"),
                                            ({"features": "tower", "caption": "implicit"}, "caption"), ({"supervision": "caption"}, "generator.classes"), ({"kept": (2, 4, 8)}, "generator.channels"),
-                                           ({"generator.channels": (64, 32)}, "generator.channels"), ({"features": "clip"}, "features")])
+                                           ({"generator.channels": (64, 32)}, "generator.channels"), ({"features": "clip"}, "features"), ({"training.accumulate": 2}, "training.accumulate")])
 def test_configurations_that_cannot_be(changes, name):
     with pytest.raises(ValueError, match=name): CONFIGS["cpu"].override(**changes)
 

@@ -540,7 +540,7 @@ def test_words_are_drawn_with_replacement():
 
 
 @pytest.mark.parametrize("shape, side, longest, content, frame", [((40, 60), 32, 80, (32, 48), (32, 48)), ((300, 50), 32, 80, (80, 13), (80, 32)), ((32, 32), 32, 80, (32, 32), (32, 32)),
-                                                                  ((30, 41), 32, 80, (32, 44), (32, 48)), ((8, 200), 32, 100, (4, 100), (32, 104))])
+                                                                  ((30, 41), 32, 80, (32, 44), (32, 48)), ((8, 200), 32, 100, (4, 100), (32, 104)), ((20, 300), 30, 256, (17, 256), (32, 256))])
 def test_a_picture_is_fitted_to_the_network(shape, side, longest, content, frame):
     picture = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     seen, kept = fitted(picture, side, longest, 8)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..workbench.checks import check_choice, check_some, check_tensor, check_whole, require
+from ..workbench.checks import check_some, check_whole, require
 from ..core.denoisers import Denoiser
 from .frozen_features import frozen_denoiser, noised, scaled_linear, tapped
 from .mask_tokens import load_clip

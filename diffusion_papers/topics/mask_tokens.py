@@ -203,7 +203,7 @@ class LocalClip(nn.Module):
     ):                                    # see `VisionTower`
         "Vectors of pictures and of their parts; a picture is squeezed into a square, as its masks are."
         size, (means, stds) = self.picture.config.size, (images.new_tensor(values)[:, None, None] for values in (CLIP_MEANS, CLIP_STDS))
-        resized = F.interpolate((images + 1) / 2, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        resized = F.interpolate((images + 1) / 2, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
         return self.picture((resized - means) / stds, masks)
 
     def texts(

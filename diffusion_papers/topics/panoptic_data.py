@@ -507,7 +507,7 @@ def fitted(
     scale = min(side / min(height, width), longest / max(height, width))
     content = tuple(max(1, round(length * scale)) for length in (height, width))
     seen = F.interpolate(picture[None], content, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1) if content != (height, width) else picture[None]
-    padded = [max(side, -(-length // step) * step) for length in content]
+    padded = [-(-max(side, length) // step) * step for length in content]
     return F.pad(seen, (0, padded[1] - content[1], 0, padded[0] - content[0]), value=PAD), content
 
 # %% ../../nbs/topics/28_panoptic_data.ipynb #686dc1c3
