@@ -139,7 +139,7 @@ def outline(
     maps = stable_diffusion_maps(tuple(vae["block_out_channels"]), tuple(unet["block_out_channels"]), len(config.steps))
     return Outline(*maps, (words["max_position_embeddings"], words["hidden_size"]), 4 * unet["block_out_channels"][0], vector)
 
-
+# %% ../nbs/papers/05_odise.ipynb #9bcc5670
 @functools.lru_cache(8)
 def _small_model(features, steps, seed):
     "A frozen network that ships."
@@ -359,7 +359,7 @@ def targets_of(
     common = torch.stack([torch.rand(config.points, 2, generator=generator, device=device) for generator in generators])
     return Targets(labels, batch["masks"], common, generators, _world_mean((labels >= 0).sum().float()).item())
 
-
+# %% ../nbs/papers/05_odise.ipynb #a67e43c5
 def output_loss(
     prediction: Prediction,  # of one layer
     logits: torch.Tensor,    # of classes and no object (B, N, K + 1)
@@ -377,7 +377,7 @@ def output_loss(
     losses = mask_losses(prediction.masks[picture, query], targets.masks[picture, target], *(torch.cat(part) for part in zip(*points)), config.points, targets.count)
     return config.weights[0] * names + config.weights[1] * losses["bce"] + config.weights[2] * losses["dice"]
 
-
+# %% ../nbs/papers/05_odise.ipynb #4da8c4e6
 def odise_loss(
     model: Odise,     # in training
     batch: dict,      # x0 (B, 3, S, S), label (B, M), masks (B, M, S, S); words (B, K), numbers of phrases; or maps of the frozen network
@@ -653,7 +653,7 @@ def _tallies(
             found.append(tally(said[row], masks, truth_of(items[number], vocabulary), things))
     return torch.stack(found)
 
-
+# %% ../nbs/papers/05_odise.ipynb #28d2d753
 def _parts_of(
     vocabulary: Vocabulary,  # what is asked for
     known: Vocabulary,       # what was seen with masks
@@ -691,7 +691,7 @@ def _items_of(
     batch = data.__getitems__(list(piece))
     return [{name: values[row] for name, values in batch.items()} for row in range(len(batch["x0"]))]
 
-
+# %% ../nbs/papers/05_odise.ipynb #a998cde3
 @torch.no_grad()
 def sample(
     model: Odise,      # trained

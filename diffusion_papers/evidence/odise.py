@@ -55,7 +55,7 @@ def places(
     said = probabilities[..., :-1].masked_fill(~chosen, -1).gather(1, best[..., None].expand(-1, -1, len(chosen)))
     return (said > said.gather(2, label.clamp(min=0)[..., None])).sum(-1)
 
-
+# %% ../../nbs/evidence/05_odise.ipynb #0fb00970
 @torch.no_grad()
 def examined(
     model: Odise,            # trained
@@ -89,7 +89,7 @@ def examined(
             rows.append({"branch": branch, "vendor": vendor, "part": part} | {name: round(value, 3) for name, value in (scores(sums, chosen) | {"top-1": share("every", 1), "top-5": share("every", 5)} | more).items()})
     return rows
 
-
+# %% ../../nbs/evidence/05_odise.ipynb #dfda9364
 def overlaps(
     masks: torch.Tensor,  # bool (B, N, H, W)
     truth: torch.Tensor,  # bool (B, M, H, W)

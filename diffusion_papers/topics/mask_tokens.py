@@ -183,7 +183,7 @@ def load_tower_folder(
     tensors = {ours: value for ours, theirs in tower.authors_keys() if (value := tensor(theirs)) is not None}
     return load_into(tower.to_empty(device="cpu"), tensors, folder.name).eval().requires_grad_(False)
 
-
+# %% ../../nbs/topics/30_mask_tokens.ipynb #d9df4eec
 class LocalClip(nn.Module):
     "A CLIP of a local folder, asked about pictures, parts of them, and words."
 
