@@ -7,7 +7,7 @@ from extras import need
 
 need("train", "data")
 from diffusion_papers.topics.emoji_world import EmojiConfig, draw_emoji, emoji_scenes
-from diffusion_papers.topics.frozen_features import noised, scaled_linear, shared_noise
+from diffusion_papers.topics.frozen_features import scaled_linear, shared_noise
 from diffusion_papers.topics.frozen_models import TOLD, EmojiPainter, PixelMaps, StableDiffusion, TowerMaps, added, check_folder, stable_diffusion_maps
 
 MODELS = {"painter": EmojiPainter, "random": lambda: EmojiPainter(random=True), "tower": TowerMaps, "pixels": PixelMaps}

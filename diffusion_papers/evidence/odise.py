@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..workbench.registry import Demonstration, Metric
 from ..workbench.results import load_results, select
-from ..workbench.tables import Claim, against, values
+from ..workbench.tables import Claim, values
 from ..workbench.timing import seconds
 from ..core.data import TensorSet
 from ..odise import CONFIGS, Look, Odise, answers, evaluate, fused, load_data, load_pretrained, look, named, opinions, sample, segment, taught, train, with_no_object
@@ -41,7 +41,8 @@ def branches(
     own, theirs, none = opinions(model, seen, names)
     texts = F.normalize(names.clip, dim=-1)
     closed = own.masked_fill(~known, -torch.inf).argmax(-1)  # the name of all taught ones that fits best
-    logits = {"trained part": own, "image-text": theirs, "fused": fused(own, theirs, known, model.config.alpha, model.config.beta), "thesaurus": 50 * (texts @ texts.T)[closed]}
+    nearest = 50 * (texts @ texts.T)[closed]  # of one name only the order counts; the scale makes probabilities that a map can be drawn of
+    logits = {"trained part": own, "image-text": theirs, "fused": fused(own, theirs, known, model.config.alpha, model.config.beta), "thesaurus": nearest}
     return {name: with_no_object(values, none) for name, values in logits.items()}
 
 

@@ -8,6 +8,7 @@ __all__ = ['TOLD', 'FrozenModel', 'added', 'EmojiPainter', 'told', 'with_random_
 
 # %% ../../nbs/topics/31_frozen_models.ipynb #be21c0f8
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,10 +22,9 @@ from ..core.denoisers import Denoiser
 from .frozen_features import frozen_denoiser, noised, scaled_linear, tapped
 from .mask_tokens import load_clip
 from .text_unet import build_text_unet
-from ..workbench.files import read_json
 
 # %% ../../nbs/topics/31_frozen_models.ipynb #ea193dd0
-class FrozenModel(nn.Module):
+class FrozenModel(nn.Module, ABC):
     "A network that turns pictures into feature maps, and is never trained."
     channels: tuple             # of each map
     strides: tuple              # of each: pixels of the picture for one place
@@ -35,6 +35,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.register_buffer("empty", None, persistent=False)  # states of the empty caption (1, tokens, width); None: it cannot be told anything
 
+    @abstractmethod
     def maps(
         self,
         images: torch.Tensor,               # (B, 3, H, W) in [-1, 1]
@@ -42,7 +43,6 @@ class FrozenModel(nn.Module):
         time: torch.Tensor | None=None,     # added to the embedding of each time step (B, steps, time_width)
     ) -> list[torch.Tensor]:                # (B, channels, H / stride, W / stride) each
         "Feature maps of pictures."
-        raise NotImplementedError
 
     def frozen(self): return self.eval().requires_grad_(False)
 
